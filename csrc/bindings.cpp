@@ -1,0 +1,156 @@
+// Python's view of the native kernels. bdu/native.py is the only caller and has checked shapes,
+// layouts and lifetimes; here only the arrays themselves are checked.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "cpu/parallel.h"
+#if defined(BDU_WITH_CUDA)
+#include "cuda/device_info.h"
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+using Addresses = py::array_t<std::int64_t, py::array::c_style>;
+using Dtypes = py::array_t<std::uint8_t, py::array::c_style>;
+using Counts = py::array_t<std::int64_t, py::array::c_style>;
+using Steps = py::array_t<float, py::array::c_style>;
+
+// Row `row` of the (columns, tensors) arrays.
+bdu::Column column(const Addresses& addresses, const Dtypes& dtypes, int row) {
+  return {addresses.data(row, 0), dtypes.data(row, 0)};
+}
+
+std::int64_t tensors_of(const Addresses& addresses, const Dtypes& dtypes, const Counts& numel,
+                        py::ssize_t columns) {
+  const py::ssize_t n = numel.shape(0);
+  if (addresses.ndim() != 2 || dtypes.ndim() != 2 || addresses.shape(0) != columns ||
+      dtypes.shape(0) != columns || addresses.shape(1) != n || dtypes.shape(1) != n)
+    throw std::invalid_argument("addresses, dtypes: expected shape (" + std::to_string(columns) +
+                                ", " + std::to_string(n) + ")");
+  return n;
+}
+
+bdu::PullScalars pull_scalars(double lr, double weight_decay, double sign, double clip,
+                              double grad_scale, double ewc_lambda, double fisher_decay) {
+  bdu::PullScalars s;
+  s.grad_factor = static_cast<float>(sign * clip / grad_scale);
+  s.inverse_scale = static_cast<float>(1.0 / grad_scale);
+  s.ewc_lambda = static_cast<float>(ewc_lambda);
+  s.lr_lambda = static_cast<float>(lr * ewc_lambda);
+  s.fisher_decay = static_cast<float>(fisher_decay);
+  s.weight_decay = static_cast<float>(weight_decay);
+  s.lr = static_cast<float>(lr);
+  return s;
+}
+
+double ewc_sgd_step(const Addresses& addresses, const Dtypes& dtypes, const Counts& numel,
+                    double lr, double momentum, double dampening, bool nesterov,
+                    double weight_decay, double sign, double clip, double grad_scale,
+                    double ewc_lambda, int pull, double fisher_decay, bool update_fisher,
+                    int threads) {
+  bdu::SgdTable table;
+  table.tensors = tensors_of(addresses, dtypes, numel, 5);
+  if (table.tensors == 0) return 0.0;
+  table.numel = numel.data();
+  table.param = column(addresses, dtypes, 0);
+  table.grad = column(addresses, dtypes, 1);
+  table.momentum_buffer = column(addresses, dtypes, 2);
+  table.fisher = column(addresses, dtypes, 3);
+  table.anchor = column(addresses, dtypes, 4);
+  bdu::SgdScalars scalars;
+  scalars.pull = pull_scalars(lr, weight_decay, sign, clip, grad_scale, ewc_lambda, fisher_decay);
+  scalars.momentum = static_cast<float>(momentum);
+  scalars.one_minus_dampening = static_cast<float>(1.0 - dampening);
+  const bdu::Switches switches{static_cast<bdu::Pull>(pull), momentum != 0.0, nesterov,
+                               update_fisher};
+  py::gil_scoped_release release;
+  return 0.5 * ewc_lambda * bdu::cpu::ewc_sgd_step(table, scalars, switches, threads);
+}
+
+double ewc_adamw_step(const Addresses& addresses, const Dtypes& dtypes, const Counts& numel,
+                      const Steps& step, double lr, double beta1, double beta2, double epsilon,
+                      double weight_decay, double sign, double clip, double grad_scale,
+                      double ewc_lambda, int pull, double fisher_decay, bool update_fisher,
+                      int threads) {
+  bdu::AdamwTable table;
+  table.tensors = tensors_of(addresses, dtypes, numel, 6);
+  if (table.tensors == 0) return 0.0;
+  if (step.ndim() != 1 || step.shape(0) != table.tensors)
+    throw std::invalid_argument("step: expected shape (" + std::to_string(table.tensors) + ",)");
+  table.numel = numel.data();
+  table.param = column(addresses, dtypes, 0);
+  table.grad = column(addresses, dtypes, 1);
+  table.exp_avg = column(addresses, dtypes, 2);
+  table.exp_avg_sq = column(addresses, dtypes, 3);
+  table.fisher = column(addresses, dtypes, 4);
+  table.anchor = column(addresses, dtypes, 5);
+  table.step = step.data();
+  bdu::AdamwScalars scalars{};
+  scalars.pull = pull_scalars(lr, weight_decay, sign, clip, grad_scale, ewc_lambda, fisher_decay);
+  scalars.beta1 = static_cast<float>(beta1);
+  scalars.one_minus_beta1 = static_cast<float>(1.0 - beta1);
+  scalars.beta2 = static_cast<float>(beta2);
+  scalars.one_minus_beta2 = static_cast<float>(1.0 - beta2);
+  scalars.epsilon = static_cast<float>(epsilon);
+  const bdu::AdamwSettings settings{lr, beta1, beta2, epsilon};
+  const bdu::Switches switches{static_cast<bdu::Pull>(pull), true, false, update_fisher};
+  py::gil_scoped_release release;
+  return 0.5 * ewc_lambda * bdu::cpu::ewc_adamw_step(table, scalars, settings, switches, threads);
+}
+
+double grad_norm(const Addresses& addresses, const Dtypes& dtypes, const Counts& numel,
+                 int threads) {
+  const std::int64_t tensors = tensors_of(addresses, dtypes, numel, 1);
+  if (tensors == 0) return 0.0;
+  const bdu::Column grad = column(addresses, dtypes, 0);
+  py::gil_scoped_release release;
+  return bdu::cpu::grad_norm(tensors, numel.data(), grad, threads);
+}
+
+void memory_stream(const Addresses& addresses, int written, std::int64_t words, int threads) {
+  const auto streams = static_cast<int>(addresses.size());
+  if (written < 1 || written > streams)
+    throw std::invalid_argument("written: expected 1 to " + std::to_string(streams));
+  py::gil_scoped_release release;
+  bdu::cpu::memory_stream(addresses.data(), streams, written, words, threads);
+}
+
+py::object cuda_build() {
+#if defined(BDU_WITH_CUDA)
+  py::list devices;
+  for (const auto& device : bdu::cuda::devices())
+    devices.append(py::dict(py::arg("name") = device.name, py::arg("major") = device.major,
+                            py::arg("minor") = device.minor,
+                            py::arg("memory_bytes") = device.memory_bytes));
+  return py::dict(py::arg("runtime") = bdu::cuda::runtime_version(), py::arg("devices") = devices);
+#else
+  return py::none();
+#endif
+}
+
+} // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "Native kernels of bdu; see bdu/native.py.";
+  m.def("instruction_set", &bdu::cpu::instruction_set);
+  m.def("cuda_build", &cuda_build, "None, or the CUDA runtime and devices this build sees.");
+  m.def("ewc_sgd_step", &ewc_sgd_step, py::arg("addresses"), py::arg("dtypes"), py::arg("numel"),
+        py::kw_only(), py::arg("lr"), py::arg("momentum"), py::arg("dampening"),
+        py::arg("nesterov"), py::arg("weight_decay"), py::arg("sign"), py::arg("clip"),
+        py::arg("grad_scale"), py::arg("ewc_lambda"), py::arg("pull"), py::arg("fisher_decay"),
+        py::arg("update_fisher"), py::arg("threads"));
+  m.def("ewc_adamw_step", &ewc_adamw_step, py::arg("addresses"), py::arg("dtypes"),
+        py::arg("numel"), py::arg("step"), py::kw_only(), py::arg("lr"), py::arg("beta1"),
+        py::arg("beta2"), py::arg("epsilon"), py::arg("weight_decay"), py::arg("sign"),
+        py::arg("clip"), py::arg("grad_scale"), py::arg("ewc_lambda"), py::arg("pull"),
+        py::arg("fisher_decay"), py::arg("update_fisher"), py::arg("threads"));
+  m.def("grad_norm", &grad_norm, py::arg("addresses"), py::arg("dtypes"), py::arg("numel"),
+        py::kw_only(), py::arg("threads"));
+  m.def("memory_stream", &memory_stream, py::arg("addresses"), py::kw_only(), py::arg("written"),
+        py::arg("words"), py::arg("threads"));
+}

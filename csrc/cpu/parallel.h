@@ -1,0 +1,25 @@
+// Whole operations on the CPU: every (tensor, chunk) pair of a group in one parallel loop.
+#pragma once
+
+#include <cstdint>
+
+#include "../table.h"
+
+namespace bdu::cpu {
+
+const char* instruction_set(); // the one the kernels were chosen for at run time
+
+// Both return sum F d^2 over the table; the same bits whatever the number of threads.
+double ewc_sgd_step(const SgdTable& table, const SgdScalars& scalars, const Switches& switches,
+                    int threads);
+double ewc_adamw_step(const AdamwTable& table, const AdamwScalars& scalars,
+                      const AdamwSettings& settings, const Switches& switches, int threads);
+
+double grad_norm(std::int64_t tensors, const std::int64_t* numel, const Column& grad, int threads);
+
+// Benchmark floor: moves the bytes of a step and computes nothing. Every stream holds `words`
+// 32-bit words; the last `written` of the `streams` are read and written, the others only read.
+void memory_stream(const std::int64_t* address, int streams, int written, std::int64_t words,
+                   int threads);
+
+} // namespace bdu::cpu
