@@ -1,0 +1,9 @@
+"""bdu: backdoor unlearning with fused EWC, Fisher and gradient-ascent kernels."""
+
+from bdu import fisher, optim
+from bdu.dispatch import use_backend
+from bdu.fisher import fisher_diagonal
+
+__version__ = "0.1.0"
+
+__all__ = ["__version__", "fisher", "fisher_diagonal", "optim", "use_backend"]

@@ -1,0 +1,147 @@
+"""The compiled backend ("cpp"): raw addresses in, the same formulas as ``bdu.reference`` out.
+
+Callers (``bdu.ops``) have checked shapes, layouts, devices and dtypes: a wrong address here is a
+wrong write. Tensors are laid out alike column by column, so a row is walked as flat memory.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+_DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_PULL_CODE = {"gradient": 1, "proximal": 2}
+
+Addresses = npt.NDArray[np.int64]
+DtypeCodes = npt.NDArray[np.uint8]
+
+
+@cache
+def library() -> ModuleType:
+    """The compiled module. A broken build raises its own ImportError, unsoftened."""
+    return importlib.import_module("bdu._native")
+
+
+def addresses(tensors: Sequence[Tensor]) -> Addresses:
+    """data_ptr() of each tensor, shape (n,)."""
+    return np.fromiter(map(Tensor.data_ptr, tensors), dtype=np.int64, count=len(tensors))
+
+
+def dtype_codes(tensors: Sequence[Tensor]) -> DtypeCodes:
+    """The native code of each tensor's dtype, shape (n,)."""
+    return np.array([_DTYPE_CODE[t.dtype] for t in tensors], dtype=np.uint8)
+
+
+def ewc_sgd_step(
+    address: Addresses,
+    dtype: DtypeCodes,
+    numel: Addresses,
+    *,
+    lr: float,
+    momentum: float,
+    dampening: float,
+    nesterov: bool,
+    weight_decay: float,
+    **common: Any,
+) -> Tensor:
+    """``reference.ewc_sgd_step``; columns of ``address`` and ``dtype`` (5, n): param, grad,
+    momentum_buffer, fisher, anchor; ``numel`` (n,)."""
+    # A tensor without elements has the address 0, as None has.
+    if momentum != 0 and (address[2][numel > 0] == 0).any():
+        raise ValueError(f"momentum_buffers: expected tensors with momentum={momentum}")
+    penalty = library().ewc_sgd_step(
+        address,
+        dtype,
+        numel,
+        lr=lr,
+        momentum=momentum,
+        dampening=dampening,
+        nesterov=nesterov,
+        weight_decay=weight_decay,
+        **_common(**common),
+    )
+    return torch.tensor(penalty, dtype=torch.float32)
+
+
+def ewc_adamw_step(
+    address: Addresses,
+    dtype: DtypeCodes,
+    numel: Addresses,
+    steps: Tensor,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    **common: Any,
+) -> Tensor:
+    """``reference.ewc_adamw_step``; columns of ``address`` and ``dtype`` (6, n): param, grad,
+    exp_avg, exp_avg_sq, fisher, anchor; ``numel`` (n,); ``steps`` (n,) float32."""
+    penalty = library().ewc_adamw_step(
+        address,
+        dtype,
+        numel,
+        steps.numpy(),
+        lr=lr,
+        beta1=betas[0],
+        beta2=betas[1],
+        epsilon=eps,
+        weight_decay=weight_decay,
+        **_common(**common),
+    )
+    return torch.tensor(penalty, dtype=torch.float32)
+
+
+def grad_norm(address: Addresses, dtype: DtypeCodes, numel: Addresses) -> Tensor:
+    """``reference.grad_norm``; ``address`` and ``dtype`` (1, n), ``numel`` (n,)."""
+    norm = library().grad_norm(address, dtype, numel, threads=torch.get_num_threads())
+    return torch.tensor(norm, dtype=torch.float32)
+
+
+def memory_stream(read: Sequence[Tensor], written: Sequence[Tensor]) -> None:
+    """Move the bytes of a step and compute nothing: the floor that benchmarks are held against.
+
+    Args:
+        read: contiguous CPU tensors that are read.
+        written: contiguous CPU tensors that are read and overwritten (with meaningless bits). All
+            tensors hold the same number of bytes, a multiple of 4.
+    """
+    streams = [*read, *written]
+    sizes = {t.numel() * t.element_size() for t in streams}
+    if len(sizes) != 1 or next(iter(sizes)) % 4:
+        raise ValueError(f"streams: expected one size, a multiple of 4 bytes, got {sorted(sizes)}")
+    library().memory_stream(
+        addresses(streams),
+        written=len(written),
+        words=next(iter(sizes)) // 4,
+        threads=torch.get_num_threads(),
+    )
+
+
+def _common(
+    *,
+    maximize: bool,
+    ewc_lambda: float,
+    mode: str,
+    clip: float,
+    grad_scale: float,
+    batch_fisher_decay: float | None,
+) -> dict[str, Any]:
+    return {
+        "sign": -1.0 if maximize else 1.0,
+        "clip": clip,
+        "grad_scale": grad_scale,
+        "ewc_lambda": ewc_lambda,
+        "pull": _PULL_CODE[mode] if ewc_lambda != 0 else 0,
+        "fisher_decay": batch_fisher_decay or 0.0,
+        "update_fisher": batch_fisher_decay is not None and not maximize,
+        "threads": torch.get_num_threads(),
+    }

@@ -1,0 +1,226 @@
+"""Every formula of bdu in plain torch: the contract that all backends are tested against.
+
+Symbols, for each tensor of a group: θ ``param``, ∇ ``grad``, θ* ``anchor``, F ``fisher`` (diagonal,
+≥ 0), λ ``ewc_lambda``, and d = θ − θ*. One step is::
+
+    g   = s · clip · ∇ / grad_scale          s = −1 with maximize, else +1
+    penalty = ½ λ Σ F d²                     at θ before the step
+    g  ← g + λ F d                           mode "gradient" only
+    u   = the optimizer's direction          sgd: momentum(g + wd θ); adamw: m̂/(√v̂ + ε) + wd θ
+    θ'  = θ − lr u
+    θ'  ← θ* + (θ' − θ*) / (1 + lr λ F)      mode "proximal" only
+    F  ← ρ F + (1 − ρ) (∇ / grad_scale)²     only with batch_fisher_decay ρ, never while ascending
+
+The pull towards θ* is part of the descent whatever the sign of the loss: it is never ascended,
+clipped or unscaled. Mode "gradient" is Kirkpatrick et al. 2017 (doi:10.1073/pnas.1611835114,
+eq. 3) and is stable only for lr·λ·F < 2(1 + momentum); mode "proximal" is the exact minimiser of
+the quadratic around θ' and stable for every λ ≥ 0.
+
+Arithmetic is float64 where the parameter is float64 and float32 otherwise; the results are rounded
+once, to the dtype that each tensor is stored in. All functions write in place and take lists with
+one entry a tensor; ``None`` in ``fishers`` and ``anchors`` means no pull and no penalty for that
+tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Mode = Literal["proximal", "gradient"]
+
+# An overflowing lr·λ·F must land on the anchor, not on inf / inf.
+_LARGEST_PULL = 1e30
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """float64 for a float64 tensor, float32 for every other."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def grad_norm(grads: Sequence[Tensor]) -> Tensor:
+    """√ Σ_t Σ_i g_ti², the Euclidean norm over all tensors together.
+
+    Args:
+        grads: any shapes and floating dtypes, all on one device.
+
+    Returns:
+        0-dim tensor on that device, float64 if any gradient is, else float32. 0 for no tensors.
+    """
+    squares = [grad.double().square().sum() for grad in grads]
+    if not squares:
+        return torch.zeros(())
+    dtype = torch.float64 if any(g.dtype == torch.float64 for g in grads) else torch.float32
+    return torch.stack(squares).sum().sqrt().to(dtype)
+
+
+def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
+    """min(1, max_norm / (norm + 1e-6)), as ``torch.nn.utils.clip_grad_norm_`` does it."""
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
+def ewc_sgd_step(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor | None],
+    fishers: Sequence[Tensor | None],
+    anchors: Sequence[Tensor | None],
+    *,
+    lr: float,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+    maximize: bool = False,
+    ewc_lambda: float = 0.0,
+    mode: Mode = "proximal",
+    clip: float = 1.0,
+    grad_scale: float = 1.0,
+    batch_fisher_decay: float | None = None,
+) -> Tensor:
+    """One EWC-anchored SGD step in place; see the module's formulas.
+
+    u = b with b ← momentum·b + (1 − dampening)(g + wd θ), or (g + wd θ) + momentum·b with nesterov,
+    or g + wd θ itself where momentum is 0. A momentum buffer starts at zero; torch's first step
+    (b = g, undampened) is a call with dampening 0.
+
+    Returns:
+        ½ λ Σ F d² at θ before the step, 0-dim, float64 if any parameter is, else float32.
+    """
+    if momentum != 0 and any(buffer is None for buffer in momentum_buffers):
+        raise ValueError(f"momentum_buffers: expected tensors with momentum={momentum}")
+    penalties = []
+    for param, grad, buffer, fisher, anchor in zip(
+        params, grads, momentum_buffers, fishers, anchors, strict=True
+    ):
+        dtype = compute_dtype(param)
+        theta = param.to(dtype)
+        pull = _Pull.of(theta, fisher, anchor, ewc_lambda)
+        penalties.append(pull.penalty(theta))
+        g = _signed(grad, dtype, maximize, clip, grad_scale)
+        if mode == "gradient":
+            g = g + pull.gradient(theta)
+        g = g + weight_decay * theta
+        if momentum != 0:
+            assert buffer is not None
+            b = momentum * buffer.to(dtype) + (1 - dampening) * g
+            buffer.copy_(b)
+            g = g + momentum * b if nesterov else b
+        updated = theta - lr * g
+        if mode == "proximal":
+            updated = pull.proximal(updated, lr)
+        param.copy_(updated)
+        _update_batch_fisher(fisher, grad, grad_scale, batch_fisher_decay, maximize)
+    return _total(penalties, params)
+
+
+def ewc_adamw_step(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    fishers: Sequence[Tensor | None],
+    anchors: Sequence[Tensor | None],
+    steps: Tensor,
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    maximize: bool = False,
+    ewc_lambda: float = 0.0,
+    mode: Mode = "proximal",
+    clip: float = 1.0,
+    grad_scale: float = 1.0,
+    batch_fisher_decay: float | None = None,
+) -> Tensor:
+    """One EWC-anchored AdamW step in place; see the module's formulas.
+
+    m ← β₁ m + (1 − β₁) g,  v ← β₂ v + (1 − β₂) g²,  u = (m/(1 − β₁ᵗ)) / (√(v/(1 − β₂ᵗ)) + ε) + wd θ
+    (Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2: the decay is outside the moments).
+
+    Args:
+        steps: t for each tensor, shape (len(params),), already counted up for this step (≥ 1).
+
+    Returns:
+        ½ λ Σ F d² at θ before the step, 0-dim, float64 if any parameter is, else float32.
+    """
+    beta1, beta2 = betas
+    penalties = []
+    for param, grad, exp_avg, exp_avg_sq, fisher, anchor, step in zip(
+        params, grads, exp_avgs, exp_avg_sqs, fishers, anchors, steps.tolist(), strict=True
+    ):
+        dtype = compute_dtype(param)
+        theta = param.to(dtype)
+        pull = _Pull.of(theta, fisher, anchor, ewc_lambda)
+        penalties.append(pull.penalty(theta))
+        g = _signed(grad, dtype, maximize, clip, grad_scale)
+        if mode == "gradient":
+            g = g + pull.gradient(theta)
+        m = exp_avg.to(dtype)
+        m = m + (1 - beta1) * (g - m)
+        v = beta2 * exp_avg_sq.to(dtype) + (1 - beta2) * g * g
+        exp_avg.copy_(m)
+        exp_avg_sq.copy_(v)
+        denominator = v.sqrt() / (1 - beta2**step) ** 0.5 + eps
+        updated = theta - lr * weight_decay * theta - lr / (1 - beta1**step) * m / denominator
+        if mode == "proximal":
+            updated = pull.proximal(updated, lr)
+        param.copy_(updated)
+        _update_batch_fisher(fisher, grad, grad_scale, batch_fisher_decay, maximize)
+    return _total(penalties, params)
+
+
+class _Pull:
+    """The quadratic ½ λ Σ F (θ − θ*)² of one tensor, in three forms."""
+
+    def __init__(self, fisher: Tensor, anchor: Tensor, ewc_lambda: float) -> None:
+        self.fisher, self.anchor, self.ewc_lambda = fisher, anchor, ewc_lambda
+
+    @classmethod
+    def of(
+        cls, theta: Tensor, fisher: Tensor | None, anchor: Tensor | None, ewc_lambda: float
+    ) -> _Pull:
+        if fisher is None or anchor is None or ewc_lambda == 0:
+            zero = theta.new_zeros(())
+            return cls(zero, zero, 0.0)
+        return cls(fisher.to(theta.dtype), anchor.to(theta.dtype), ewc_lambda)
+
+    def penalty(self, theta: Tensor) -> Tensor:
+        contribution = self.fisher * (theta - self.anchor).square()
+        return 0.5 * self.ewc_lambda * contribution.double().sum()
+
+    def gradient(self, theta: Tensor) -> Tensor:
+        return self.ewc_lambda * self.fisher * (theta - self.anchor)
+
+    def proximal(self, updated: Tensor, lr: float) -> Tensor:
+        # θ* + (θ' − θ*)/(1 + c) = θ' − c/(1 + c) (θ' − θ*), which leaves θ' exact where F = 0.
+        c = (lr * self.ewc_lambda * self.fisher).clamp(max=_LARGEST_PULL)
+        return updated - c / (1 + c) * (updated - self.anchor)
+
+
+def _signed(
+    grad: Tensor, dtype: torch.dtype, maximize: bool, clip: float, grad_scale: float
+) -> Tensor:
+    sign = -1.0 if maximize else 1.0
+    return grad.to(dtype) * (sign * clip / grad_scale)
+
+
+def _update_batch_fisher(
+    fisher: Tensor | None, grad: Tensor, grad_scale: float, decay: float | None, maximize: bool
+) -> None:
+    if fisher is None or decay is None or maximize:
+        return
+    dtype = compute_dtype(fisher)
+    g = grad.to(dtype) / grad_scale
+    fisher.copy_(decay * fisher.to(dtype) + (1 - decay) * g * g)
+
+
+def _total(penalties: Sequence[Tensor], params: Sequence[Tensor]) -> Tensor:
+    if not penalties:
+        return torch.zeros(())
+    dtype = torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
+    return torch.stack(penalties).sum().to(dtype)
