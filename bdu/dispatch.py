@@ -122,7 +122,7 @@ def choose(operation: str, device: str, dtypes: Collection[torch.dtype]) -> str:
     lines = [
         line
         for line in TABLE[operation]
-        if line.device == device and line.dtypes.issuperset(dtypes)
+        if line.device == device and line.dtypes.issuperset(dtypes) and _reaches(line)
     ]
     wanted = f"{operation} on {device} with {', '.join(sorted(map(str, dtypes)))}"
     forced = forced_backend()
@@ -135,6 +135,11 @@ def choose(operation: str, device: str, dtypes: Collection[torch.dtype]) -> str:
         if absence(line.backend) is None:
             return line.backend
     raise RuntimeError(f"backend: none serves {wanted}")
+
+
+def _reaches(line: Serves) -> bool:
+    # Compiled, Triton would take a CPU tensor's address for one on the device.
+    return line.backend != "triton" or line.device != "cpu" or _triton_interpreted()
 
 
 def _require(backend: str) -> None:

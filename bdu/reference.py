@@ -175,7 +175,7 @@ def ewc_adamw_step(
 
 
 class _Pull:
-    """The quadratic ½ λ Σ F (θ − θ*)² of one tensor, in three forms."""
+    """The quadratic ½ λ Σ F (θ − θ*)² of one tensor, in three forms; λ = 0 where there is none."""
 
     def __init__(self, fisher: Tensor, anchor: Tensor, ewc_lambda: float) -> None:
         self.fisher, self.anchor, self.ewc_lambda = fisher, anchor, ewc_lambda
@@ -190,13 +190,19 @@ class _Pull:
         return cls(fisher.to(theta.dtype), anchor.to(theta.dtype), ewc_lambda)
 
     def penalty(self, theta: Tensor) -> Tensor:
+        if self.ewc_lambda == 0:
+            return theta.new_zeros((), dtype=torch.float64)
         contribution = self.fisher * (theta - self.anchor).square()
         return 0.5 * self.ewc_lambda * contribution.double().sum()
 
     def gradient(self, theta: Tensor) -> Tensor:
+        if self.ewc_lambda == 0:
+            return torch.zeros_like(theta)
         return self.ewc_lambda * self.fisher * (theta - self.anchor)
 
     def proximal(self, updated: Tensor, lr: float) -> Tensor:
+        if self.ewc_lambda == 0:
+            return updated
         # θ* + (θ' − θ*)/(1 + c) = θ' − c/(1 + c) (θ' − θ*), which leaves θ' exact where F = 0.
         c = (lr * self.ewc_lambda * self.fisher).clamp(max=_LARGEST_PULL)
         return updated - c / (1 + c) * (updated - self.anchor)
@@ -219,7 +225,7 @@ def _update_batch_fisher(
     fisher.copy_(decay * fisher.to(dtype) + (1 - decay) * g * g)
 
 
-def _total(penalties: Sequence[Tensor], params: Sequence[Tensor]) -> Tensor:
+def _total(penalties: list[Tensor], params: Sequence[Tensor]) -> Tensor:
     if not penalties:
         return torch.zeros(())
     dtype = torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
