@@ -1,0 +1,10 @@
+"""Drop-in ``torch.optim`` optimizers with a fused EWC pull: :class:`EWCSGD` and :class:`EWCAdamW`.
+
+Use them where ``torch.optim.SGD`` or ``AdamW`` stands. With ``ewc_lambda=0`` they are those; with a
+Fisher attached they also pull every parameter towards its anchor, in the same pass over memory.
+"""
+
+from bdu.optim.adamw import EWCAdamW
+from bdu.optim.sgd import EWCSGD
+
+__all__ = ["EWCSGD", "EWCAdamW"]
