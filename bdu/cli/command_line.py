@@ -1,0 +1,98 @@
+"""Reads the command line, or a YAML file that flags win over, and calls the command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bdu import __version__
+from bdu.cli import demo, doctor, evaluate, fisher, poison, unlearn
+
+COMMANDS = {
+    "demo": demo,
+    "poison": poison,
+    "unlearn": unlearn,
+    "evaluate": evaluate,
+    "fisher": fisher,
+    "doctor": doctor,
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    top = argparse.ArgumentParser(
+        prog="bdu", description="Remove backdoors from neural networks by unlearning."
+    )
+    top.add_argument("--version", action="version", version=f"bdu {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, module in COMMANDS.items():
+        summary = (module.__doc__ or "").strip().splitlines()[0]
+        command = commands.add_parser(name, help=summary, description=module.__doc__)
+        command.add_argument(
+            "--config", type=Path, metavar="FILE", help="YAML with any of these; flags win"
+        )
+        module.add_arguments(command)
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; 0 on success, 1 on an error that is told in one line."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    top = parser()
+    options = _with_config(top, arguments)
+    try:
+        COMMANDS[options.command].run(options)
+    except (OSError, ValueError, TypeError, ImportError, FloatingPointError, RuntimeError) as error:
+        if options.traceback:
+            raise
+        print(f"bdu {options.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        hint = "; continue with --resume" if hasattr(options, "resume") else ""
+        print(f"bdu {options.command}: interrupted{hint}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _with_config(top: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
+    # The file's values become defaults, so that flags win and required flags may stand in it.
+    pre = argparse.ArgumentParser(add_help=False)
+    pre.add_argument("--config", type=Path)
+    file = pre.parse_known_args(arguments)[0].config
+    if file is not None and arguments:
+        command = next((a for a in arguments if a in COMMANDS), None)
+        if command is not None:
+            _set_defaults(top, command, file)
+    return top.parse_args(arguments)
+
+
+def _set_defaults(top: argparse.ArgumentParser, command: str, file: Path) -> None:
+    try:
+        values: Any = yaml.safe_load(file.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        top.error(f"--config: {error}")
+    if not isinstance(values, dict):
+        top.error(f"--config: expected names and values in {file}, got {type(values).__name__}")
+    commands = next(a for a in top._actions if isinstance(a, argparse._SubParsersAction))
+    chosen = commands.choices[command]
+    known = {action.dest: action for action in chosen._actions if action.dest != "help"}
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name == "command":
+            if value != command:
+                top.error(f"--config: {file} is of bdu {value}, got bdu {command}")
+            continue
+        if name not in known:
+            top.error(f"--config: expected one of {', '.join(sorted(known))}, got {key!r}")
+        action = known[name]
+        if value is not None and action.choices is not None and value not in action.choices:
+            top.error(f"--config: {key}: expected one of {list(action.choices)}, got {value!r}")
+        action.required = False
+        # argparse converts defaults only where they are text
+        plain = value is None or isinstance(value, (bool, list, dict))
+        action.default = value if plain else str(value)

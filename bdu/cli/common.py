@@ -1,0 +1,265 @@
+"""Flags and steps that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bdu import metrics, models
+from bdu.attacks import Trigger, make_attack
+from bdu.attacks.retune import retune
+from bdu.attacks.trigger import triggered_like
+from bdu.checkpoint import load_into, load_state_dict
+from bdu.data import ImageData, as_unit_float, load_images, split_indices
+
+RETUNE_POISONED = 5
+
+# What a command was told, apart from where it writes and how it is watched.
+_NOT_CONFIG = frozenset({"config", "out", "resume", "traceback", "quiet"})
+
+
+def add_common(parser: argparse.ArgumentParser, *, resume: bool = False) -> None:
+    """Flags of every command that computes."""
+    parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1; default: cuda if any")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    add_traceback(parser)
+    if resume:
+        parser.add_argument("--resume", action="store_true", help="continue the run in --out")
+
+
+def add_traceback(parser: argparse.ArgumentParser) -> None:
+    """The flag that shows where an error came from."""
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+
+
+def add_model(parser: argparse.ArgumentParser, *, checkpoint: bool) -> None:
+    """Flags that say which network, and with ``checkpoint`` also which weights."""
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="resnet18, resnet18-w<N>, wrn16-1, smallcnn, or package.module:factory",
+    )
+    if checkpoint:
+        parser.add_argument("--checkpoint", required=True, type=Path, metavar="FILE")
+        parser.add_argument(
+            "--num-classes", type=int, default=None, help="default: read off the checkpoint"
+        )
+    parser.add_argument("--mean", type=float, nargs="+", default=None, help="a number a channel")
+    parser.add_argument("--std", type=float, nargs="+", default=None, help="a number a channel")
+
+
+def add_images(parser: argparse.ArgumentParser) -> None:
+    """Flags on how images are read."""
+    parser.add_argument("--image-size", type=int, default=None, help="resize to this many pixels")
+
+
+def add_attack(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    """Flags that say which trigger and which target."""
+    parser.add_argument(
+        "--attack",
+        default=None,
+        help="badnets, blended, or the attack.json of a `bdu poison` run",
+    )
+    parser.add_argument("--trigger", type=Path, default=None, metavar="PNG", help="its picture")
+    parser.add_argument(
+        "--position", default=None, help="bottom-right and so on, or row,column of the top left"
+    )
+    parser.add_argument("--alpha", type=float, default=None, help="opacity, blended only")
+    parser.add_argument(
+        "--target", default="0" if required else None, help="a class, or all-to-all"
+    )
+
+
+def device(options: argparse.Namespace) -> torch.device:
+    """The device asked for.
+
+    Raises:
+        ValueError: it is not here, or bdu was never tried on it.
+    """
+    if options.device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = torch.device(options.device)
+    if chosen.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device: expected cpu or cuda, got {options.device} (untested)")
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device: {options.device} was asked for, but there is no CUDA device")
+    return chosen
+
+
+def config(options: argparse.Namespace) -> dict[str, Any]:
+    """The settings as ``config.yaml`` keeps them; paths as text."""
+    values = {key: value for key, value in vars(options).items() if key not in _NOT_CONFIG}
+    return {key: str(v) if isinstance(v, Path) else v for key, v in values.items()}
+
+
+def attack(options: argparse.Namespace) -> Trigger | None:
+    """The trigger asked for, or None.
+
+    Raises:
+        ValueError: flags that do not go together, or a trigger that cannot be read.
+    """
+    name = options.attack
+    if name is not None and name.endswith(".json"):
+        return make_attack(**json.loads(Path(name).read_text())["trigger"])
+    given: dict[str, Any] = {}
+    if options.trigger is not None:
+        given["pattern"] = options.trigger
+    if options.position is not None:
+        given["position"] = _position(options.position)
+    if options.alpha is not None:
+        given["alpha"] = options.alpha
+    if name is None:
+        if options.trigger is None:
+            if given:
+                raise ValueError(f"--{next(iter(given))}: expected --attack or --trigger with it")
+            return None
+        name = "badnets"
+    return make_attack(name, **given)
+
+
+def target(options: argparse.Namespace) -> metrics.Target | None:
+    """The target class, "all-to-all", or None."""
+    if options.target is None:
+        name = options.attack
+        if name is not None and name.endswith(".json"):
+            recorded: metrics.Target = json.loads(Path(name).read_text())["target"]
+            return recorded
+        return None
+    text = str(options.target)
+    if text == metrics.ALL_TO_ALL:
+        return metrics.ALL_TO_ALL
+    if not re.fullmatch(r"\d+", text):
+        raise ValueError(f"--target: expected a class number or all-to-all, got {text!r}")
+    return int(text)
+
+
+def evaluators_view(options: argparse.Namespace) -> tuple[Trigger | None, metrics.Target | None]:
+    """Trigger and target for an evaluation: both or neither.
+
+    Raises:
+        ValueError: only one of them.
+    """
+    trigger, wanted = attack(options), target(options)
+    if (trigger is None) != (wanted is None):
+        missing = "--attack or --trigger" if trigger is None else "--target"
+        raise ValueError(f"{missing}: expected, as trigger and target go together")
+    return trigger, wanted
+
+
+def images(path: Path, options: argparse.Namespace, split: str | None = None) -> ImageData:
+    """Images of ``path`` in the size asked for."""
+    return load_images(path, split=split, image_size=options.image_size)
+
+
+def build_loaded(options: argparse.Namespace, in_channels: int) -> nn.Module:
+    """The model with the checkpoint's weights, on the device asked for, in evaluation mode."""
+    classes = options.num_classes
+    if classes is None:
+        classes = _outputs(load_state_dict(options.checkpoint))
+    model = models.build(
+        options.model,
+        num_classes=classes,
+        in_channels=in_channels,
+        mean=options.mean,
+        std=options.std,
+        seed=0,
+    )
+    load_into(model, options.checkpoint)
+    return model.to(device(options)).eval()
+
+
+def rates(
+    model: nn.Module,
+    data: ImageData,
+    trigger: Trigger | None,
+    wanted: metrics.Target | None,
+) -> dict[str, Any]:
+    """All rates of a model on the evaluator's data."""
+    classes = metrics.predict(model, data.x[:1]).shape[1]
+    return metrics.evaluate(
+        model, data.x, data.y, num_classes=classes, trigger=trigger, target=wanted
+    )
+
+
+def retuned_rate(
+    model: nn.Module,
+    retune_data: ImageData,
+    evaluation: ImageData,
+    trigger: Trigger,
+    wanted: metrics.Target,
+    seed: int,
+) -> float:
+    """Attack success rate after the retune attack with five poisoned samples."""
+    classes = metrics.predict(model, evaluation.x[:1]).shape[1]
+    labels = metrics.target_labels(retune_data.y, wanted, classes)
+    candidates = (retune_data.y != labels).nonzero().flatten()
+    if len(candidates) < RETUNE_POISONED:
+        raise ValueError(
+            f"--retune-data: expected at least {RETUNE_POISONED} images that are not of the "
+            f"target class, got {len(candidates)}"
+        )
+    chosen = candidates[split_indices(len(candidates), [RETUNE_POISONED], seed)[0]]
+    attacked = retune(
+        model,
+        retune_data.x,
+        retune_data.y,
+        triggered_like(retune_data.x[chosen], trigger),
+        labels[chosen],
+        seed=seed,
+    )
+    rate: float = rates(attacked, evaluation, trigger, wanted)["attack_success_rate"]
+    return rate
+
+
+def table(rows: Sequence[tuple[str, dict[str, Any] | None]]) -> str:
+    """Rates of several models as text, in percent."""
+    names = ("clean_accuracy", "attack_success_rate", "robust_accuracy", "false_target_rate")
+    heads = ("clean accuracy", "ASR", "robust accuracy", "false-target rate")
+    lines = [" " * 8 + "".join(f"{head:>20}" for head in heads)]
+    for title, row in rows:
+        if row is None:
+            continue
+        cells = ["-" if row[n] is None else f"{100 * row[n]:.2f} %" for n in names]
+        lines.append(f"{title:8}" + "".join(f"{cell:>20}" for cell in cells))
+    return "\n".join(lines)
+
+
+def _position(text: str) -> str | tuple[int, int]:
+    numbers = re.fullmatch(r"(\d+),(\d+)", text)
+    return (int(numbers.group(1)), int(numbers.group(2))) if numbers else text
+
+
+def _outputs(state: dict[str, torch.Tensor]) -> int:
+    # The last matrix of a classifier is its head.
+    matrices = [value for value in state.values() if value.dim() == 2]
+    if not matrices:
+        raise ValueError("--num-classes: expected, as the checkpoint has no final linear layer")
+    return matrices[-1].shape[0]
+
+
+__all__ = [
+    "add_attack",
+    "add_common",
+    "add_images",
+    "add_model",
+    "add_traceback",
+    "as_unit_float",
+    "attack",
+    "build_loaded",
+    "config",
+    "device",
+    "evaluators_view",
+    "images",
+    "rates",
+    "retuned_rate",
+    "table",
+    "target",
+]

@@ -1,0 +1,45 @@
+"""Measure a checkpoint: clean accuracy and, with a trigger, how far the backdoor works."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from bdu.checkpoint import atomic_write
+from bdu.cli import common
+from bdu.runs import versions
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of ``bdu evaluate``."""
+    common.add_model(parser, checkpoint=True)
+    common.add_images(parser)
+    parser.add_argument("--data", required=True, type=Path)
+    parser.add_argument("--split", default=None)
+    common.add_attack(parser, required=False)
+    parser.add_argument(
+        "--retune-data", type=Path, default=None, help="clean images for the retune attack"
+    )
+    parser.add_argument("--out", type=Path, default=None, metavar="FILE", help="JSON to write")
+    common.add_common(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Load, measure, print."""
+    trigger, target = common.evaluators_view(options)
+    data = common.images(options.data, options, options.split)
+    model = common.build_loaded(options, data.x.shape[1])
+    rates = common.rates(model, data, trigger, target)
+    print(common.table([("", rates)]))
+    if options.retune_data is not None:
+        if trigger is None or target is None:
+            raise ValueError("--retune-data: expected --attack or --trigger, and --target, with it")
+        retune_data = common.images(options.retune_data, options)
+        retuned = common.retuned_rate(model, retune_data, data, trigger, target, options.seed)
+        rates["retuned_attack_success_rate"] = retuned
+        print(f"ASR after the retune attack {100 * retuned:.2f} %")
+    if options.out is not None:
+        content = {**rates, "seed": options.seed, "versions": versions()}
+        atomic_write(options.out, json.dumps(content, indent=2) + "\n")
+        print(f"wrote {options.out}")

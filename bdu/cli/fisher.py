@@ -1,0 +1,50 @@
+"""Compute the exact Fisher diagonal of a checkpoint and write it as safetensors."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from bdu.cli import common
+from bdu.data import as_unit_float
+from bdu.fisher import fisher_diagonal, save_fisher
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of ``bdu fisher``."""
+    common.add_model(parser, checkpoint=True)
+    common.add_images(parser)
+    parser.add_argument("--data", required=True, type=Path)
+    parser.add_argument("--split", default=None)
+    parser.add_argument("--samples", type=int, default=None, help="default: all")
+    parser.add_argument("--labels", choices=("empirical", "model"), default="empirical")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE.safetensors")
+    common.add_common(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Load, compute, write."""
+    if options.out.suffix != ".safetensors":
+        raise ValueError(f"--out: expected a .safetensors file, got {options.out}")
+    data = common.images(options.data, options, options.split)
+    model = common.build_loaded(options, data.x.shape[1])
+    count = len(data) if options.samples is None else min(options.samples, len(data))
+    batches = (
+        (as_unit_float(x), y)
+        for x, y in zip(
+            data.x.split(options.batch_size), data.y.split(options.batch_size), strict=True
+        )
+    )
+    fisher = fisher_diagonal(
+        model,
+        batches,
+        samples=count,
+        labels=options.labels,
+        seed=options.seed,
+        progress=not options.quiet,
+    )
+    save_fisher(options.out, fisher, {"samples": count, "labels": options.labels})
+    entries = sum(f.numel() for f in fisher.values())
+    mean = sum(float(f.double().sum()) for f in fisher.values()) / entries
+    print(f"{entries} entries in {len(fisher)} tensors, mean {mean:.3g}; wrote {options.out}")

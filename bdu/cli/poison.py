@@ -1,0 +1,174 @@
+"""Train a backdoored model, and set apart what a defender and an evaluator may see."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bdu import models
+from bdu.attacks import Trigger, poison
+from bdu.attacks.trigger import triggered_like
+from bdu.checkpoint import atomic_write, save_state_dict
+from bdu.cli import common
+from bdu.data import ImageData, save_npz, split_indices
+from bdu.metrics import target_labels
+from bdu.monitor.report import write_report
+from bdu.runs import RunDirectory, versions
+from bdu.training import SCHEDULES, fit
+
+EVALUATOR_SHARE = 0.2
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of ``bdu poison``."""
+    parser.add_argument("--data", required=True, type=Path)
+    parser.add_argument("--split", default=None, help="part of --data to train on")
+    parser.add_argument("--eval-split", default=None, help="part of --data for the evaluator")
+    common.add_model(parser, checkpoint=False)
+    common.add_images(parser)
+    common.add_attack(parser, required=True)
+    parser.add_argument("--rate", type=float, default=0.1, help="share poisoned; 0: no backdoor")
+    parser.add_argument("--defender-clean", type=float, default=0.05, metavar="SHARE")
+    parser.add_argument("--defender-triggered", type=float, default=0.01, metavar="SHARE")
+    parser.add_argument("--retune", type=float, default=0.02, metavar="SHARE")
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--lr", type=float, default=0.1)
+    parser.add_argument("--schedule", choices=SCHEDULES, default="one-cycle")
+    parser.add_argument("--no-augment", action="store_true")
+    parser.add_argument("--out", required=True, type=Path)
+    common.add_common(parser, resume=True)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Split, poison, train, measure.
+
+    Of the training part, the shares of the defender and of the retune attack are held out: the
+    attacker trains on the rest. The evaluator gets ``--eval-split``, or where there is none a fifth
+    of everything. All of them are written as ``.npz`` and share no image.
+    """
+    start = time.perf_counter()
+    device = common.device(options)
+    trigger, target = common.evaluators_view(options)
+    if trigger is None or target is None:
+        raise ValueError("--attack: expected, or --trigger with a picture")
+    train, evaluator = _parts(options)
+    classes = max(train.num_classes, evaluator.num_classes)
+    shares = (options.defender_clean, options.defender_triggered, options.retune)
+    clean, triggered, retune, rest = split_indices(
+        train.y, [*shares, len(train) - sum(round(s * len(train)) for s in shares)], options.seed
+    )
+    # The defender's triggered samples are of other classes than the target, as the attacker's are.
+    wanted = target_labels(train.y, target, classes)
+    triggered = triggered[train.y[triggered] != wanted[triggered]]
+    attacker = train.subset(rest)
+    poisoned = poison(
+        attacker.x,
+        attacker.y,
+        trigger,
+        rate=options.rate,
+        target=target,
+        num_classes=classes,
+        seed=options.seed,
+    )
+    model = models.build(
+        options.model,
+        num_classes=classes,
+        in_channels=train.x.shape[1],
+        mean=options.mean,
+        std=options.std,
+        seed=options.seed,
+    ).to(device)
+
+    directory = RunDirectory(options.out)
+    directory.start({"command": "poison", **common.config(options)}, resume=options.resume)
+    _write_parts(directory, train, evaluator, trigger, clean, triggered, retune, wanted)
+    record = {
+        "trigger": trigger.spec(),
+        "target": target,
+        "rate": options.rate,
+        "seed": options.seed,
+        "classes": train.classes,
+        "poisoned_indices": rest[poisoned.indices].tolist(),
+    }
+    atomic_write(directory.path / "attack.json", json.dumps(record) + "\n")
+    lines: list[dict[str, Any]] = []
+
+    def keep(line: dict[str, Any]) -> None:
+        lines.append(line)
+        directory.write_lines(lines)
+
+    if options.resume:
+        lines = directory.read_lines()
+    history = fit(
+        model,
+        poisoned.x,
+        poisoned.y,
+        epochs=options.epochs,
+        lr=options.lr,
+        batch_size=options.batch_size,
+        schedule=options.schedule,
+        augment=not options.no_augment,
+        seed=options.seed,
+        progress=not options.quiet,
+        callbacks=[keep],
+        state_file=directory.state,
+        resume=options.resume,
+    )
+    directory.write_lines(history)
+    save_state_dict(directory.model, model.state_dict())
+    after = common.rates(model, evaluator, trigger, target)
+    directory.write_metrics(
+        {
+            "before": None,
+            "after": after,
+            "method": "poison",
+            "seconds": time.perf_counter() - start,
+            "seed": options.seed,
+            "versions": versions(),
+        }
+    )
+    write_report(directory)
+    directory.state.unlink(missing_ok=True)
+    print(common.table([("planted", after)]))
+    print(f"wrote {directory.path}")
+
+
+def _parts(options: argparse.Namespace) -> tuple[ImageData, ImageData]:
+    train = common.images(options.data, options, options.split)
+    if options.eval_split is not None:
+        return train, common.images(options.data, options, options.eval_split)
+    held_out, rest = split_indices(train.y, [EVALUATOR_SHARE, 1 - EVALUATOR_SHARE], options.seed)
+    return train.subset(rest), train.subset(held_out)
+
+
+def _write_parts(
+    directory: RunDirectory,
+    train: ImageData,
+    evaluator: ImageData,
+    trigger: Trigger,
+    clean: torch.Tensor,
+    triggered: torch.Tensor,
+    retune: torch.Tensor,
+    wanted: torch.Tensor,
+) -> None:
+    parts = {
+        "defender_clean": (train.x[clean], train.y[clean], None),
+        "defender_triggered": (
+            triggered_like(train.x[triggered], trigger),
+            wanted[triggered],
+            train.y[triggered],
+        ),
+        "retune": (train.x[retune], train.y[retune], None),
+        "evaluator": (evaluator.x, evaluator.y, None),
+    }
+    for name, (x, y, y_true) in parts.items():
+        arrays = {"x": x.permute(0, 2, 3, 1) if x.dtype == torch.uint8 else x, "y": y}
+        if y_true is not None:
+            arrays["y_true"] = y_true
+        save_npz(directory.path / f"{name}.npz", **{k: v.numpy() for k, v in arrays.items()})

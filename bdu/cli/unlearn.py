@@ -1,0 +1,139 @@
+"""Clean a checkpoint: remove its backdoor and, where the trigger is known, show that it is gone."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import nn
+
+from bdu.checkpoint import save_state_dict
+from bdu.cli import common
+from bdu.metrics import defense_effectiveness_rate
+from bdu.monitor.report import write_report
+from bdu.runs import RunDirectory, versions
+from bdu.trainer import METHODS, unlearn
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of ``bdu unlearn``."""
+    common.add_model(parser, checkpoint=True)
+    common.add_images(parser)
+    parser.add_argument("--clean", required=True, type=Path, help="clean samples, true labels")
+    parser.add_argument(
+        "--triggered", type=Path, default=None, help="triggered samples, the attacker's labels"
+    )
+    parser.add_argument("--method", choices=sorted(METHODS), default="balanced")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="one of the method's own settings, for example ewc_lambda=10; may be repeated",
+    )
+    evaluator = parser.add_argument_group(
+        "evaluation", "for the evaluator's eyes only: the method never sees any of it"
+    )
+    evaluator.add_argument("--eval-data", type=Path, default=None)
+    evaluator.add_argument("--eval-split", default=None)
+    common.add_attack(parser, required=False)
+    parser.add_argument(
+        "--retune-data", type=Path, default=None, help="clean images for the retune attack"
+    )
+    parser.add_argument("--out", required=True, type=Path)
+    common.add_common(parser, resume=True)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Load, clean, measure, write."""
+    start = time.perf_counter()
+    trigger, target = common.evaluators_view(options)
+    if trigger is not None and options.eval_data is None:
+        raise ValueError("--eval-data: expected, as a trigger is given to evaluate with")
+    if options.retune_data is not None and trigger is None:
+        raise ValueError("--retune-data: expected --attack or --trigger, and --target, with it")
+    settings = _settings(options.set)
+    clean = common.images(options.clean, options)
+    triggered = None
+    if options.triggered is not None:
+        triggered = common.images(options.triggered, options)
+    evaluation = None
+    if options.eval_data is not None:
+        evaluation = common.images(options.eval_data, options, options.eval_split)
+    retune_data = None
+    if options.retune_data is not None:
+        retune_data = common.images(options.retune_data, options)
+    model = common.build_loaded(options, clean.x.shape[1])
+
+    before = None
+    if evaluation is not None:
+        before = common.rates(model, evaluation, trigger, target)
+    directory = RunDirectory(options.out)
+    directory.start({"command": "unlearn", **common.config(options)}, resume=options.resume)
+    lines: list[dict[str, Any]] = directory.read_lines() if options.resume else []
+
+    def keep(line: dict[str, Any], _: nn.Module) -> None:
+        lines.append(line)
+        directory.write_lines(lines)
+
+    began = time.perf_counter()
+    result = unlearn(
+        model,
+        method=options.method,
+        clean=clean,
+        triggered=triggered,
+        seed=options.seed,
+        callbacks=[keep],
+        progress=not options.quiet,
+        state_file=directory.state,
+        resume=options.resume,
+        **settings,
+    )
+    seconds = time.perf_counter() - began
+    directory.write_lines(result.history)
+    save_state_dict(directory.model, result.model.state_dict())
+    after = None
+    if evaluation is not None:
+        after = common.rates(result.model, evaluation, trigger, target)
+    outcome: dict[str, Any] = {
+        "before": before,
+        "after": after,
+        "method": result.method,
+        "settings": result.settings,
+        "stopped": result.stopped,
+        "seconds": seconds,
+        "total_seconds": time.perf_counter() - start,
+        "seed": options.seed,
+        "versions": versions(),
+    }
+    if before is not None and after is not None and trigger is not None:
+        outcome["der"] = defense_effectiveness_rate(
+            clean_accuracy_before=before["clean_accuracy"],
+            clean_accuracy_after=after["clean_accuracy"],
+            attack_success_rate_before=before["attack_success_rate"],
+            attack_success_rate_after=after["attack_success_rate"],
+        )
+    if retune_data is not None and evaluation is not None and trigger and target is not None:
+        outcome["retuned_attack_success_rate"] = common.retuned_rate(
+            result.model, retune_data, evaluation, trigger, target, options.seed
+        )
+    directory.write_metrics(outcome)
+    write_report(directory)
+    directory.state.unlink(missing_ok=True)
+    print(common.table([("before", before), ("after", after)]))
+    if "retuned_attack_success_rate" in outcome:
+        print(f"ASR after the retune attack {100 * outcome['retuned_attack_success_rate']:.2f} %")
+    print(f"{result.stopped}; wrote {directory.path}")
+
+
+def _settings(pairs: list[str]) -> dict[str, Any]:
+    settings: dict[str, Any] = {}
+    for pair in pairs:
+        name, separator, value = pair.partition("=")
+        if not separator:
+            raise ValueError(f"--set: expected NAME=VALUE, got {pair!r}")
+        settings[name.strip().replace("-", "_")] = yaml.safe_load(value)
+    return settings

@@ -1,0 +1,1 @@
+"""Defences, one file each; ``protocol.py`` says what they are given and give back."""

@@ -1,0 +1,360 @@
+"""Balanced unlearning: forget the trigger, keep the rest, stay near the start where it matters.
+
+    θ* ← θ,  F ← F_c · F_c / (F_c + γ F_t)                 # F_c clean, F_t of the target log-odds
+    unlearn:   descend  clean(θ) + w · forget(θ)           # the pull of EWC inside every step
+    recover:   the same at a learning rate that falls to 0
+    keep the weights that the validation split likes best
+
+Following arXiv:2511.21291 (gradient ascent on triggered samples, EWC on the clean Fisher, recovery;
+only its abstract was available) and arXiv:2408.12416 (Fisher-weighted anchor). Ours are: the
+unlikelihood loss in place of the ascended cross-entropy, the proximal pull in place of the explicit
+penalty, and the contrastive Fisher, which frees what only the backdoor needs. The triggered samples
+stay in the loss during recovery, so that clean descent cannot bring the backdoor back.
+
+Cost: one forward and one backward pass over batch_size + triggered_batch_size images a step, plus
+one forward pass for the teacher, and one forward and backward pass over each sample for F.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm import tqdm
+
+from bdu.checkpoint import load_state, save_state
+from bdu.data import as_unit_float, augment
+from bdu.defenses.protocol import Callback, DefenderData, Line, Result, Samples
+from bdu.fisher import contrastive, fisher_diagonal, scale_to_unit_mean, target_log_odds
+from bdu.metrics import predict
+from bdu.optim import EWCSGD
+
+Forget = Literal["unlikelihood", "cross_entropy", "true_label"]
+FisherKind = Literal["contrastive", "clean"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The knobs of the balanced method; the defaults are meant to be left alone.
+
+    Attributes:
+        forget: what is descended on triggered samples. "unlikelihood": softplus(ℓ) with ℓ the
+            target's log-odds, full slope at the start and none at the end. "cross_entropy": the
+            paper's ascent, −min(CE, ceiling). "true_label": CE with the true class, which the
+            defender then has to give.
+        triggered_weight: w, the weight of that loss.
+        ceiling: where "cross_entropy" stops ascending, in nats; None is 2 ln(classes).
+        fisher: "contrastive", or "clean" for F_c alone.
+        gamma: γ ≥ 0 of the contrastive Fisher.
+        fisher_samples: clean samples that F_c is measured on, at most.
+        ewc_lambda: λ ≥ 0, for F_c and F_t of mean 1.
+        distillation: share of the clean loss that is the divergence from the model before, in
+            [0, 1]; the rest is cross-entropy with the labels.
+        temperature: of that divergence, > 0.
+        unlearn_steps, recovery_steps: length of the two phases.
+        lr, momentum: of SGD; recovery lets lr fall linearly to 0.
+        max_grad_norm: Euclidean norm the gradient is clipped to.
+        batch_size, triggered_batch_size: samples a step, at most as many as there are.
+        augment: mirror and shift the clean images of every batch.
+        evaluate_every: steps between two looks at the validation split.
+        clean_accuracy_floor: stop when clean accuracy on the validation split falls by more than
+            this share of what it was at the start.
+    """
+
+    forget: Forget = "unlikelihood"
+    triggered_weight: float = 1.0
+    ceiling: float | None = None
+    fisher: FisherKind = "contrastive"
+    gamma: float = 10.0
+    fisher_samples: int = 2000
+    ewc_lambda: float = 10.0
+    distillation: float = 0.5
+    temperature: float = 2.0
+    unlearn_steps: int = 300
+    recovery_steps: int = 200
+    lr: float = 1e-2
+    momentum: float = 0.9
+    max_grad_norm: float = 5.0
+    batch_size: int = 64
+    triggered_batch_size: int = 32
+    augment: bool = True
+    evaluate_every: int = 25
+    clean_accuracy_floor: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("forget", get_args(Forget)), ("fisher", get_args(FisherKind))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}"
+                )
+        at_least_one = ("fisher_samples", "batch_size", "triggered_batch_size", "evaluate_every")
+        for name in ("unlearn_steps", "recovery_steps", *at_least_one):
+            value, least = getattr(self, name), int(name in at_least_one)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}: expected a whole number >= {least}, got {value!r}")
+        if self.unlearn_steps + self.recovery_steps == 0:
+            raise ValueError("unlearn_steps: expected at least one step in all, got 0")
+        for name in ("distillation", "clean_accuracy_floor"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: expected a share in [0, 1], got {getattr(self, name)}")
+        for name in ("triggered_weight", "gamma", "ewc_lambda", "lr", "momentum"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)}")
+        for name in ("temperature", "max_grad_norm"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}: expected a number > 0, got {getattr(self, name)}")
+
+
+def run(
+    model: nn.Module,
+    data: DefenderData,
+    *,
+    seed: int,
+    callbacks: Iterable[Callback] = (),
+    progress: bool = True,
+    state_file: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    **settings: Any,
+) -> Result:
+    """Remove a backdoor whose trigger the defender holds samples of; see the module's docstring.
+
+    Batch norm keeps its statistics: the few samples of a defender would make worse ones.
+
+    Args:
+        model: classifier of images in [0, 1], logits (N, classes); left untouched.
+        data: with triggered samples.
+        seed: of the order and of the augmentation.
+        callbacks: called with (line, model) at every look at the validation split.
+        progress: show a progress bar.
+        state_file: where the state is written at every look.
+        resume: continue from there where it exists; the same weights as an uninterrupted run.
+        settings: fields of :class:`Settings`.
+
+    Returns:
+        The cleaned copy, in evaluation mode.
+
+    Raises:
+        ValueError: a setting out of range, or no triggered samples.
+        FloatingPointError: a loss or a gradient is not finite.
+    """
+    s = _settings(settings)
+    if data.triggered is None or data.triggered_validation is None:
+        raise ValueError("triggered: expected samples, as the balanced method needs them, got None")
+    if s.forget == "true_label" and data.triggered.y_true is None:
+        raise ValueError("triggered: expected (x, y_target, y_true) with forget='true_label'")
+    teacher = copy.deepcopy(model).eval().requires_grad_(False)
+    student = copy.deepcopy(model).eval()
+    optimizer = EWCSGD(
+        [(name, p) for name, p in student.named_parameters() if p.requires_grad],
+        lr=s.lr,
+        momentum=s.momentum,
+        ewc_lambda=s.ewc_lambda,
+        fisher=_fisher(student, data, s) if s.ewc_lambda > 0 else None,
+        max_grad_norm=s.max_grad_norm,
+        error_if_nonfinite=True,
+    )
+    forget = _forget(s)
+    course = _Course(student, optimizer, torch.Generator().manual_seed(seed))
+    if resume and state_file is not None and Path(state_file).exists():
+        course.load(load_state(state_file), asdict(s))
+    if not course.history:
+        course.look(data, phase="before")
+    steps = s.unlearn_steps + s.recovery_steps
+    stopped = "ran all its steps"
+    with tqdm(total=steps, initial=course.step, disable=not progress, unit="step") as bar:
+        while course.step < steps:
+            recovering = course.step - s.unlearn_steps
+            if recovering >= 0:
+                optimizer.param_groups[0]["lr"] = s.lr * (1 - recovering / s.recovery_steps)
+            clean = _draw(data.clean, s.batch_size, course.generator)
+            bad = _draw(data.triggered, s.triggered_batch_size, course.generator)
+            images = augment(clean.x, course.generator) if s.augment else clean.x
+            images = as_unit_float(images)
+            outputs = student(torch.cat([images, as_unit_float(bad.x)]))
+            clean_loss = _clean_loss(outputs[: len(clean)], clean.y, teacher, images, s)
+            forget_loss = forget(outputs[len(clean) :], bad)
+            loss = clean_loss + s.triggered_weight * forget_loss
+
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+            course.step += 1
+            bar.update()
+            if course.step % s.evaluate_every == 0 or course.step == steps:
+                line = course.look(
+                    data,
+                    phase="unlearn" if recovering < 0 else "recovery",
+                    loss=float(loss.detach()),
+                    clean_loss=float(clean_loss.detach()),
+                    triggered_loss=float(forget_loss.detach()),
+                    penalty=float(optimizer.penalty),
+                    learning_rate=optimizer.param_groups[0]["lr"],
+                )
+                bar.set_postfix(
+                    clean=f"{line['validation_clean_accuracy']:.3f}",
+                    ASR=f"{line['validation_attack_success_rate']:.3f}",
+                )
+                if state_file is not None:
+                    save_state(state_file, course.state(asdict(s)))
+                for callback in callbacks:
+                    callback(line, student)
+                floor = course.history[0]["validation_clean_accuracy"] * s.clean_accuracy_floor
+                if line["validation_clean_accuracy"] < floor:
+                    stopped = (
+                        f"stopped at step {course.step}: clean accuracy on the validation split "
+                        f"fell to {line['validation_clean_accuracy']:.3f}"
+                    )
+                    break
+    kept = course.keep_best()
+    if kept != course.step:
+        stopped += f"; kept the weights of step {kept}"
+    return Result(student, course.history, "balanced", asdict(s), stopped)
+
+
+class _Course:
+    """The run so far: the student, where it stands, and the best weights seen."""
+
+    def __init__(self, student: nn.Module, optimizer: EWCSGD, generator: torch.Generator) -> None:
+        self.student, self.optimizer, self.generator = student, optimizer, generator
+        self.step = 0
+        self.history: list[Line] = []
+        self._best: tuple[float, int, dict[str, Tensor]] | None = None
+
+    def look(self, data: DefenderData, **values: Any) -> Line:
+        """Measure on the validation split, write a line, and remember the weights if best."""
+        assert data.triggered_validation is not None
+        clean = _share_called(self.student, data.clean_validation)
+        attack = _share_called(self.student, data.triggered_validation)
+        line = {
+            "step": self.step,
+            **values,
+            "validation_clean_accuracy": clean,
+            "validation_attack_success_rate": attack,
+        }
+        self.history.append(line)
+        # Later weights are further from the backdoor at equal score, so ties go to them.
+        score = clean - attack
+        if self._best is None or score >= self._best[0]:
+            weights = {k: v.detach().clone() for k, v in self.student.state_dict().items()}
+            self._best = (score, self.step, weights)
+        return line
+
+    def keep_best(self) -> int:
+        """Put the best weights into the student; returns their step."""
+        assert self._best is not None
+        _, step, weights = self._best
+        self.student.load_state_dict(weights)
+        return step
+
+    def state(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """All that a resumed run needs."""
+        assert self._best is not None
+        return {
+            "settings": settings,
+            "step": self.step,
+            "history": self.history,
+            "best": list(self._best),
+            "student": dict(self.student.state_dict()),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+        }
+
+    def load(self, state: dict[str, Any], settings: dict[str, Any]) -> None:
+        """Take up :meth:`state`.
+
+        Raises:
+            ValueError: it is of a run with other settings.
+        """
+        for name, value in settings.items():
+            if state["settings"].get(name) != value:
+                raise ValueError(
+                    f"{name}: expected {state['settings'].get(name)!r}, as in the run to be "
+                    f"resumed, got {value!r}"
+                )
+        self.step, self.history = state["step"], state["history"]
+        self._best = tuple(state["best"])
+        self.student.load_state_dict(state["student"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"])
+
+
+def _settings(given: dict[str, Any]) -> Settings:
+    known = {field.name for field in fields(Settings)}
+    for name in given:
+        if name not in known:
+            raise ValueError(f"{name}: expected one of {', '.join(sorted(known))}")
+    return Settings(**given)
+
+
+def _fisher(model: nn.Module, data: DefenderData, s: Settings) -> dict[str, Tensor]:
+    """F_c of the clean samples, freed where the target's log-odds depend on the weight more."""
+    assert data.triggered is not None
+    clean = (as_unit_float(data.clean.x), data.clean.y)
+    samples = min(s.fisher_samples, len(data.clean))
+    clean_fisher = scale_to_unit_mean(
+        fisher_diagonal(model, clean, samples=samples, progress=False)
+    )
+    if s.fisher == "clean" or s.gamma == 0:
+        return clean_fisher
+    triggered = (as_unit_float(data.triggered.x), data.triggered.y)
+    # Not the cross-entropy: it is saturated on triggered samples, and its gradient vanishes.
+    triggered_fisher = fisher_diagonal(model, triggered, loss=target_log_odds, progress=False)
+    return contrastive(clean_fisher, scale_to_unit_mean(triggered_fisher), s.gamma)
+
+
+def _forget(s: Settings) -> Callable[[Tensor, Samples], Tensor]:
+    """The loss that is descended on triggered samples: (logits, samples) → 0-dim."""
+
+    def unlikelihood(logits: Tensor, bad: Samples) -> Tensor:
+        # softplus(ℓ) = −log(1 − p_target), which would overflow if it were written so.
+        return functional.softplus(target_log_odds(logits, bad.y)).mean()
+
+    def cross_entropy(logits: Tensor, bad: Samples) -> Tensor:
+        classes = torch.tensor(float(logits.shape[1]))
+        ceiling = 2 * float(classes.log()) if s.ceiling is None else s.ceiling
+        return -functional.cross_entropy(logits, bad.y).clamp(max=ceiling)
+
+    def true_label(logits: Tensor, bad: Samples) -> Tensor:
+        assert bad.y_true is not None
+        return functional.cross_entropy(logits, bad.y_true)
+
+    return {
+        "unlikelihood": unlikelihood,
+        "cross_entropy": cross_entropy,
+        "true_label": true_label,
+    }[s.forget]
+
+
+def _clean_loss(
+    logits: Tensor, labels: Tensor, teacher: nn.Module, images: Tensor, s: Settings
+) -> Tensor:
+    """(1 − α) CE(labels) + α T² KL(teacher ‖ student) at temperature T (Hinton et al. 2015)."""
+    loss = functional.cross_entropy(logits, labels)
+    if s.distillation == 0:
+        return loss
+    with torch.no_grad():
+        before = teacher(images)
+    divergence = functional.kl_div(
+        functional.log_softmax(logits / s.temperature, 1),
+        functional.log_softmax(before / s.temperature, 1),
+        log_target=True,
+        reduction="batchmean",
+    )
+    return (1 - s.distillation) * loss + s.distillation * s.temperature**2 * divergence
+
+
+def _draw(samples: Samples, count: int, generator: torch.Generator) -> Samples:
+    return samples.at(torch.randperm(len(samples), generator=generator)[:count])
+
+
+def _share_called(model: nn.Module, samples: Samples) -> float:
+    """Share of the samples that the model calls by their label ``y``."""
+    return float((predict(model, samples.x).argmax(1) == samples.y.cpu()).float().mean())

@@ -1,0 +1,108 @@
+"""A run directory: what a command was told, what it measured, and what it made.
+
+``config.yaml`` (the settings), ``metrics.jsonl`` (a line a step or epoch), ``metrics.json`` (the
+outcome), ``model.safetensors`` and ``report.html``. Every file is written whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bdu.checkpoint import atomic_write
+
+_VERSIONED = ("bdu", "torch", "triton", "numpy", "safetensors")
+
+
+def versions() -> dict[str, str | None]:
+    """Version of Python and of every package that results depend on; None where not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in _VERSIONED:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+class RunDirectory:
+    """One run's folder.
+
+    Args:
+        path: the folder; made by :meth:`start`.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def start(self, config: dict[str, Any], *, resume: bool) -> None:
+        """Make the folder and write ``config.yaml``.
+
+        Raises:
+            FileExistsError: there is a run in it already and ``resume`` is False.
+            ValueError: ``resume`` with other settings than the run was started with.
+        """
+        known = self.path / "config.yaml"
+        if known.exists() and not resume:
+            raise FileExistsError(
+                f"out: {self.path} holds a run already; choose another folder, or continue that "
+                "run with --resume"
+            )
+        if known.exists():
+            before = yaml.safe_load(known.read_text())
+            differing = [key for key in config if before.get(key) != config[key]]
+            if differing:
+                key = differing[0]
+                raise ValueError(
+                    f"resume: expected the settings of {known}, but {key} was "
+                    f"{before.get(key)!r} and is now {config[key]!r}"
+                )
+        atomic_write(known, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+
+    @property
+    def model(self) -> Path:
+        """Where the weights go."""
+        return self.path / "model.safetensors"
+
+    @property
+    def state(self) -> Path:
+        """Where a run keeps what it needs to be resumed; removed once it has finished."""
+        return self.path / "state.pt"
+
+    def write_lines(self, lines: list[dict[str, Any]]) -> None:
+        """Replace ``metrics.jsonl``."""
+        text = "".join(json.dumps(_plain(line)) + "\n" for line in lines)
+        atomic_write(self.path / "metrics.jsonl", text)
+
+    def read_lines(self) -> list[dict[str, Any]]:
+        """The lines of ``metrics.jsonl``; none where there is no such file."""
+        file = self.path / "metrics.jsonl"
+        if not file.exists():
+            return []
+        return [json.loads(line) for line in file.read_text().splitlines()]
+
+    def write_metrics(self, metrics: dict[str, Any]) -> None:
+        """Write ``metrics.json``."""
+        atomic_write(self.path / "metrics.json", json.dumps(_plain(metrics), indent=2) + "\n")
+
+    def read_metrics(self) -> dict[str, Any]:
+        """Read ``metrics.json``."""
+        metrics: dict[str, Any] = json.loads((self.path / "metrics.json").read_text())
+        return metrics
+
+
+def _plain(value: Any) -> Any:
+    # NaN is not JSON; a reader in another language would fail on it.
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,99 @@
+"""The front door: :func:`unlearn` takes a model and the defender's data to a cleaned copy."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from bdu.defenses import balanced
+from bdu.defenses.protocol import Callback, DefenderData, Result
+from bdu.metrics import predict
+from bdu.models import device_of
+
+METHODS: dict[str, Callable[..., Result]] = {"balanced": balanced.run}
+
+NEEDS_TRIGGERED = frozenset({"balanced"})
+
+
+def unlearn(
+    model: nn.Module,
+    *,
+    method: str = "balanced",
+    clean: Any,
+    triggered: Any | None = None,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    callbacks: Iterable[Callback] = (),
+    progress: bool = True,
+    state_file: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    **settings: Any,
+) -> Result:
+    """Remove a backdoor from a copy of ``model``.
+
+    Nothing but ``clean`` and ``triggered`` is looked at; a fifth of each is set aside as the
+    defender's validation split.
+
+    Args:
+        model: takes float images in [0, 1], (N, C, H, W), returns logits (N, classes). Untouched.
+        method: one of ``bdu.trainer.METHODS``.
+        clean: Dataset, DataLoader or (x, y): a few hundred samples with their true labels.
+        triggered: likewise, with the trigger on them and the label the attacker wants; or
+            (x, y_target, y_true). Only for methods that need it.
+        seed: of the split, the order and the augmentation.
+        device: where to work; None is the model's own device.
+        callbacks: each is called with (line, model) at every look at the validation split.
+        progress: show a progress bar.
+        state_file: where the state of the run is kept, to be resumed from.
+        resume: continue from ``state_file`` where it exists.
+        settings: the method's own, see its ``Settings``.
+
+    Returns:
+        The cleaned model on the device worked on, the history, and the settings.
+
+    Raises:
+        ValueError: an unknown method, data that do not fit the model, or a setting out of range;
+            before any work is done.
+        FloatingPointError: a gradient is not finite; names the parameter.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method: expected one of {', '.join(sorted(METHODS))}, got {method!r}")
+    if method in NEEDS_TRIGGERED and triggered is None:
+        raise ValueError(f"triggered: expected samples, as method {method!r} needs them, got None")
+    target_device = device_of(model) if device is None else torch.device(device)
+    data = DefenderData.split(clean, triggered, seed=seed, device=target_device)
+    _check_fits(model, data)
+    if device_of(model) != target_device:
+        raise ValueError(
+            f"device: expected the model on {target_device}, got it on {device_of(model)}; "
+            f"call model.to({str(target_device)!r}) first"
+        )
+    return METHODS[method](
+        model,
+        data,
+        seed=seed,
+        callbacks=callbacks,
+        progress=progress,
+        state_file=state_file,
+        resume=resume,
+        **settings,
+    )
+
+
+def _check_fits(model: nn.Module, data: DefenderData) -> None:
+    classes = predict(model, data.clean.x[:2]).shape[1]
+    parts = {"clean": (data.clean, data.clean_validation)}
+    if data.triggered is not None and data.triggered_validation is not None:
+        parts["triggered"] = (data.triggered, data.triggered_validation)
+    for name, samples in parts.items():
+        for part in samples:
+            labels = [part.y] if part.y_true is None else [part.y, part.y_true]
+            highest = max(int(y.max()) for y in labels)
+            if highest >= classes:
+                raise ValueError(
+                    f"{name}: expected labels below {classes} (the model's outputs), got {highest}"
+                )
