@@ -421,6 +421,7 @@ def augment(
     *,
     padding: int = 4,
     mode: Literal["reflect", "zero"] = "reflect",
+    mirror: bool = True,
 ) -> Tensor:
     """Shift each image by up to `padding` pixels both ways and mirror half of them.
 
@@ -431,6 +432,7 @@ def augment(
         generator: source of the draws, on any device.
         padding: largest shift, 0 to below min(H, W).
         mode: what lies beyond the border: the mirrored image, or 0.
+        mirror: False only shifts, for images whose mirror image means something else.
 
     Returns:
         A new tensor like x.
@@ -448,9 +450,10 @@ def augment(
         -padding, padding + 1, (2, count, 1), generator=generator, device=device
     ).to(x.device)
     mirrored = torch.randint(0, 2, (count, 1), generator=generator, device=device).to(x.device)
+    mirrored = mirrored.bool() & mirror
     rows = torch.arange(height, device=x.device) + shift[0]
     columns = torch.arange(width, device=x.device) + shift[1]
-    columns = torch.where(mirrored.bool(), columns.flip(1), columns)
+    columns = torch.where(mirrored, columns.flip(1), columns)
     result = x[
         torch.arange(count, device=x.device)[:, None, None, None],
         torch.arange(channels, device=x.device)[None, :, None, None],

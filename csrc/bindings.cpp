@@ -7,6 +7,7 @@
 #include <string>
 
 #include "cpu/parallel.h"
+#include "survey.h"
 #if defined(BDU_WITH_CUDA)
 #include "cuda/device_info.h"
 #endif
@@ -151,6 +152,10 @@ PYBIND11_MODULE(_native, m) {
         py::arg("fisher_decay"), py::arg("update_fisher"), py::arg("threads"));
   m.def("grad_norm", &grad_norm, py::arg("addresses"), py::arg("dtypes"), py::arg("numel"),
         py::kw_only(), py::arg("threads"));
+  py::class_<bdu::Survey>(m, "Survey")
+      .def(py::init<py::list, const py::capsule&>(), py::arg("tensors"), py::arg("api"))
+      .def("is_current", &bdu::Survey::is_current)
+      .def("fit", &bdu::Survey::fit, py::arg("others"), py::arg("address").noconvert());
   m.def("memory_stream", &memory_stream, py::arg("addresses"), py::kw_only(), py::arg("written"),
         py::arg("words"), py::arg("threads"));
 }

@@ -67,7 +67,7 @@ def digits() -> dict[str, np.ndarray]:
     """
     if importlib.util.find_spec("sklearn") is None:
         raise ImportError("the demo's data come with scikit-learn: pip install 'bdu[demo]'")
-    from sklearn.datasets import load_digits
+    from sklearn.datasets import load_digits  # type: ignore[import-untyped]
 
     bundle = load_digits()
     x = np.rint(bundle.images * (255 / 16)).astype(np.uint8)

@@ -62,7 +62,8 @@ class Settings:
         lr, momentum: of SGD; recovery lets lr fall linearly to 0.
         max_grad_norm: Euclidean norm the gradient is clipped to.
         batch_size, triggered_batch_size: samples a step, at most as many as there are.
-        augment: mirror and shift the clean images of every batch.
+        augment: shift the clean images of every batch by up to an eighth of their size.
+        mirror: mirror half of them, too; right for photographs, wrong for digits and signs.
         evaluate_every: steps between two looks at the validation split.
         clean_accuracy_floor: stop when clean accuracy on the validation split falls by more than
             this share of what it was at the start.
@@ -75,7 +76,7 @@ class Settings:
     gamma: float = 10.0
     fisher_samples: int = 2000
     ewc_lambda: float = 10.0
-    distillation: float = 0.5
+    distillation: float = 0.8
     temperature: float = 2.0
     unlearn_steps: int = 300
     recovery_steps: int = 200
@@ -85,6 +86,7 @@ class Settings:
     batch_size: int = 64
     triggered_batch_size: int = 32
     augment: bool = True
+    mirror: bool = False
     evaluate_every: int = 25
     clean_accuracy_floor: float = 0.5
 
@@ -175,8 +177,7 @@ def run(
                 optimizer.param_groups[0]["lr"] = s.lr * (1 - recovering / s.recovery_steps)
             clean = _draw(data.clean, s.batch_size, course.generator)
             bad = _draw(data.triggered, s.triggered_batch_size, course.generator)
-            images = augment(clean.x, course.generator) if s.augment else clean.x
-            images = as_unit_float(images)
+            images = as_unit_float(_augmented(clean.x, course.generator, s))
             outputs = student(torch.cat([images, as_unit_float(bad.x)]))
             clean_loss = _clean_loss(outputs[: len(clean)], clean.y, teacher, images, s)
             forget_loss = forget(outputs[len(clean) :], bad)
@@ -353,6 +354,12 @@ def _clean_loss(
 
 def _draw(samples: Samples, count: int, generator: torch.Generator) -> Samples:
     return samples.at(torch.randperm(len(samples), generator=generator)[:count])
+
+
+def _augmented(x: Tensor, generator: torch.Generator, s: Settings) -> Tensor:
+    if not s.augment:
+        return x
+    return augment(x, generator, padding=min(x.shape[2:]) // 8, mirror=s.mirror)
 
 
 def _share_called(model: nn.Module, samples: Samples) -> float:

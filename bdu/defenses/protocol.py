@@ -1,4 +1,4 @@
-"""What every defence is given and gives back: ``run(model, data, *, seed, callbacks) -> Result``."""
+"""What a defence is given and gives back: ``run(model, data, *, seed, callbacks) -> Result``."""
 
 from __future__ import annotations
 

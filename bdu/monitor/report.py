@@ -67,8 +67,7 @@ def write_report(directory: RunDirectory) -> None:
         _table(metrics),
         _curves(directory.read_lines()),
         _per_class(metrics),
-        "<h2>Settings</h2>",
-        f"<pre>{html.escape(yaml.safe_dump({'command': command, **config}, sort_keys=False))}</pre>",
+        _pre("Settings", {"command": command, **config}),
         _pre("Method's settings", metrics.get("settings")),
         _pre("Versions", metrics["versions"]),
     ]
@@ -159,7 +158,8 @@ def _curves(lines: Sequence[dict[str, Any]]) -> str:
         drawn.append(
             f'<line x1="{left}" x2="{x(last):.1f}" y1="{y(tick):.1f}" y2="{y(tick):.1f}" '
             'stroke="var(--line)"/>'
-            f'<text x="{left - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{100 * tick:.0f} %</text>'
+            f'<text x="{left - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">'
+            f"{100 * tick:.0f} %</text>"
         )
     recovery = next((line["step"] for line in known if line.get("phase") == "recovery"), None)
     if recovery is not None:

@@ -1,0 +1,391 @@
+"""Times one EWC-anchored optimizer step against every way to write it in plain torch.
+
+    python bench/step.py                           the whole table, as text
+    python bench/step.py --json step.json          and as rows
+    python bench/step.py --shapes resnet18 --dtype float32 --optimizer sgd
+
+Every arm steps the same tensors with the same gradients, Fisher and anchor, and produces the value
+of the penalty. The arms take turns inside each round, so that a machine whose speed drifts slows
+all of them alike; the medians over the rounds are compared. Gradients stand ready: what is timed
+is the step and, in the autograd arms, the penalty's own forward and backward.
+
+Arms
+    bdu                    the fused step (mode "gradient", the same formula as the others)
+    bdu proximal           the same in mode "proximal", which no other arm offers
+    autograd + X           ½λΣF(θ − θ*)² by autograd, then torch.optim with X = for-loop, foreach, fused
+    closed form + X        torch._foreach ops add λF(θ − θ*) to the gradients and sum the penalty
+    compiled closed form   torch.compile of the whole closed-form step; compile time shown apart
+    streaming limit        reads and writes the bytes of one step and computes nothing
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from bdu import models, native
+from bdu.checkpoint import atomic_write
+from bdu.optim import EWCSGD, EWCAdamW
+from bdu.runs import versions
+
+LAMBDA, LR, MOMENTUM = 1e-3, 1e-4, 0.9
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+OPTIMIZERS = ("sgd", "adamw")
+
+
+def resnet18_shapes() -> list[tuple[int, ...]]:
+    """The 11.2 M parameters of a CIFAR ResNet-18."""
+    return [tuple(p.shape) for p in models.build("resnet18").parameters()]
+
+
+def transformer_shapes() -> list[tuple[int, ...]]:
+    """A decoder of GPT-2 small's dimensions, head and embedding tied: about 124 M parameters."""
+    width, layers, vocabulary, context = 768, 12, 50257, 1024
+    layer = [
+        *[(width,)] * 4,
+        *((3 * width, width), (3 * width,), (width, width), (width,)),
+        *((4 * width, width), (4 * width,), (width, 4 * width), (width,)),
+    ]
+    return [(vocabulary, width), (context, width), *layer * layers, (width,), (width,)]
+
+
+SHAPES: dict[str, Callable[[], list[tuple[int, ...]]]] = {
+    "resnet18": resnet18_shapes,
+    "transformer": transformer_shapes,
+    "10000x64": lambda: [(64,)] * 10_000,
+}
+
+
+class Arm:
+    """One way to step, on tensors of its own."""
+
+    def __init__(self, shapes: list[tuple[int, ...]], dtype: torch.dtype) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def tensors(positive: bool = False) -> list[Tensor]:
+            made = [torch.randn(shape, generator=generator) for shape in shapes]
+            return [(t.abs() if positive else t).to(dtype) for t in made]
+
+        self.params = [torch.nn.Parameter(t) for t in tensors()]
+        self.grads = tensors()
+        self.fisher = tensors(positive=True)
+        self.anchor = [p.detach().clone() for p in self.params]
+        self.momenta: list[Tensor] = []
+
+    def prepare(self) -> None:
+        """Put the gradients in place; not timed."""
+        for param, grad in zip(self.params, self.grads, strict=True):
+            param.grad = grad
+
+    def step(self) -> None:
+        """What is timed."""
+        raise NotImplementedError
+
+    def torch_optimizer(self, name: str, **flags: Any) -> torch.optim.Optimizer:
+        """torch's own, with the settings that all arms share."""
+        if name == "sgd":
+            return torch.optim.SGD(self.params, lr=LR, momentum=MOMENTUM, **flags)
+        return torch.optim.AdamW(self.params, lr=LR, weight_decay=0.01, **flags)
+
+
+class Fused(Arm):
+    """bdu."""
+
+    def __init__(self, name: str, mode: str, *args: Any) -> None:
+        super().__init__(*args)
+        settings: dict[str, Any] = {
+            "lr": LR,
+            "ewc_lambda": LAMBDA,
+            "mode": mode,
+            "fisher": dict(zip(self.params, self.fisher, strict=True)),
+        }
+        if name == "sgd":
+            self.optimizer: Any = EWCSGD(self.params, momentum=MOMENTUM, **settings)
+        else:
+            self.optimizer = EWCAdamW(self.params, weight_decay=0.01, **settings)
+
+    def step(self) -> None:
+        self.optimizer.step()
+
+
+class Autograd(Arm):
+    """The penalty as a loss term, as users write it."""
+
+    def __init__(self, name: str, flags: dict[str, Any], *args: Any) -> None:
+        super().__init__(*args)
+        self.optimizer = self.torch_optimizer(name, **flags)
+        self.copies = [g.clone() for g in self.grads]
+
+    def prepare(self) -> None:
+        # The backward adds to the gradients, so they have to be fresh in every round.
+        torch._foreach_copy_(self.copies, self.grads)
+        for param, grad in zip(self.params, self.copies, strict=True):
+            param.grad = grad
+
+    def step(self) -> None:
+        penalty = torch.zeros(())
+        for param, fisher, anchor in zip(self.params, self.fisher, self.anchor, strict=True):
+            penalty = penalty + (fisher * (param - anchor).square()).sum()
+        (0.5 * LAMBDA * penalty).backward()
+        self.optimizer.step()
+
+
+class ClosedForm(Arm):
+    """The penalty's gradient written down, with the foreach operations."""
+
+    def __init__(self, name: str, flags: dict[str, Any], *args: Any) -> None:
+        super().__init__(*args)
+        self.optimizer = self.torch_optimizer(name, **flags)
+        self.copies = [g.clone() for g in self.grads]
+
+    prepare = Autograd.prepare
+
+    @torch.no_grad()
+    def step(self) -> None:
+        drift = torch._foreach_sub(self.params, self.anchor)
+        pull = torch._foreach_mul(drift, self.fisher)
+        # Σ F d² as one dot product a tensor: one read of both, and no temporary.
+        value = torch.stack(
+            [torch.dot(d.flatten(), p.flatten()) for d, p in zip(drift, pull, strict=True)]
+        ).sum()
+        self.penalty = 0.5 * LAMBDA * value
+        torch._foreach_add_([p.grad for p in self.params], pull, alpha=LAMBDA)
+        self.optimizer.step()
+
+
+class Compiled(Arm):
+    """torch.compile of the closed-form step, written so that Inductor can fuse all of it."""
+
+    def __init__(self, name: str, *args: Any) -> None:
+        super().__init__(*args)
+        self.moments = [torch.zeros_like(p) for p in self.params]
+        self.second = [torch.zeros_like(p) for p in self.params] if name == "adamw" else []
+        self.count = torch.zeros(())
+        self.function = torch.compile(_sgd if name == "sgd" else _adamw, dynamic=False)
+        start = time.perf_counter()
+        self.step()
+        self.compile_seconds = time.perf_counter() - start
+
+    def step(self) -> None:
+        with torch.no_grad():
+            self.count += 1
+            state = (self.moments, self.second) if self.second else (self.moments,)
+            self.penalty = self.function(
+                self.params, self.grads, *state, self.fisher, self.anchor, self.count
+            )
+
+
+def _sgd(
+    params: list[Tensor],
+    grads: list[Tensor],
+    moments: list[Tensor],
+    fishers: list[Tensor],
+    anchors: list[Tensor],
+    _: Tensor,
+) -> Tensor:
+    total = torch.zeros(())
+    for p, g, m, f, a in zip(params, grads, moments, fishers, anchors, strict=True):
+        pull = f * (p - a)
+        total = total + (pull * (p - a)).sum(dtype=torch.float32)
+        m.copy_(MOMENTUM * m + g + LAMBDA * pull)
+        p.copy_(p - LR * m)
+    return 0.5 * LAMBDA * total
+
+
+def _adamw(
+    params: list[Tensor],
+    grads: list[Tensor],
+    moments: list[Tensor],
+    seconds: list[Tensor],
+    fishers: list[Tensor],
+    anchors: list[Tensor],
+    count: Tensor,
+) -> Tensor:
+    total = torch.zeros(())
+    correction = 1 - 0.9**count
+    root = (1 - 0.999**count).sqrt()
+    for p, g, m, v, f, a in zip(params, grads, moments, seconds, fishers, anchors, strict=True):
+        pull = f * (p - a)
+        total = total + (pull * (p - a)).sum(dtype=torch.float32)
+        direction = g + LAMBDA * pull
+        m.copy_(0.9 * m + 0.1 * direction)
+        v.copy_(0.999 * v + 0.001 * direction * direction)
+        p.copy_(p * (1 - LR * 0.01) - LR * (m / correction) / (v.sqrt() / root + 1e-8))
+    return 0.5 * LAMBDA * total
+
+
+class Stream(Arm):
+    """The floor: the bytes of one step, without arithmetic. SGD 5 streams, 2 written; AdamW 6, 3."""
+
+    def __init__(self, name: str, shapes: list[tuple[int, ...]], dtype: torch.dtype) -> None:
+        elements = sum(torch.Size(shape).numel() for shape in shapes)
+        count, written = (5, 2) if name == "sgd" else (6, 3)
+        made = [torch.randn(elements + elements % 2).to(dtype) for _ in range(count)]
+        self.read, self.written = made[:-written], made[-written:]
+
+    def prepare(self) -> None:
+        pass
+
+    def step(self) -> None:
+        native.memory_stream(self.read, self.written)
+
+
+def arms(
+    name: str, shapes: list[tuple[int, ...]], dtype: torch.dtype
+) -> dict[str, Callable[[], Arm]]:
+    """How to make each arm; one is made at a time where memory is short."""
+    flags: dict[str, dict[str, Any]] = {
+        "for-loop": {"foreach": False},
+        "foreach": {"foreach": True},
+        "fused": {"fused": True},
+    }
+    made: dict[str, Callable[[], Arm]] = {
+        "bdu": lambda: Fused(name, "gradient", shapes, dtype),
+        "bdu proximal": lambda: Fused(name, "proximal", shapes, dtype),
+    }
+    for flag, given in flags.items():
+        made[f"autograd + {flag}"] = lambda given=given: Autograd(name, given, shapes, dtype)
+    for flag in ("foreach", "fused"):
+        given = flags[flag]
+        made[f"closed form + {flag}"] = lambda given=given: ClosedForm(name, given, shapes, dtype)
+    if len(shapes) <= 1000:
+        # Ten thousand tensors would make one graph of half a million nodes.
+        made["compiled closed form"] = lambda: Compiled(name, shapes, dtype)
+    made["streaming limit"] = lambda: Stream(name, shapes, dtype)
+    return made
+
+
+def measure(
+    name: str, shape_name: str, dtype_name: str, rounds: int, wanted: str | None
+) -> list[dict[str, Any]]:
+    """Interleave all arms of one case; one row an arm."""
+    shapes = SHAPES[shape_name]()
+    made: dict[str, Arm] = {}
+    makers = arms(name, shapes, DTYPES[dtype_name])
+    for arm, make in tqdm(makers.items(), desc=f"{name} {shape_name} {dtype_name}", leave=False):
+        if wanted is None or wanted in arm or arm in ("bdu", "streaming limit"):
+            made[arm] = make()
+    times: dict[str, list[float]] = {arm: [] for arm in made}
+    gc.disable()
+    for round_number in range(rounds + 2):
+        for arm, it in made.items():
+            it.prepare()
+            start = time.perf_counter()
+            it.step()
+            seconds = time.perf_counter() - start
+            if round_number >= 2:  # the first rounds warm caches and allocate state
+                times[arm].append(seconds)
+    gc.enable()
+    ours = statistics.median(times["bdu"])
+    rows = []
+    for arm, it in made.items():
+        median = statistics.median(times[arm])
+        quartiles = statistics.quantiles(times[arm], n=4)
+        row = {
+            "optimizer": name,
+            "shapes": shape_name,
+            "dtype": dtype_name,
+            "arm": arm,
+            "median_ms": 1e3 * median,
+            "quartile_range_ms": 1e3 * (quartiles[2] - quartiles[0]),
+            "ratio": median / ours,
+            "rounds": rounds,
+        }
+        if isinstance(it, Compiled):
+            row["compile_seconds"] = it.compile_seconds
+        rows.append(row)
+    return rows
+
+
+def environment() -> dict[str, Any]:
+    """What a reader needs to place the figures."""
+    cpu = next(
+        (
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.processor(),
+    )
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    return {
+        "device": cpu,
+        "threads": torch.get_num_threads(),
+        "instruction_set": native.library().instruction_set(),
+        "load_average": os.getloadavg()[0],
+        "versions": versions(),
+        "commit": commit,
+        "date": date.today().isoformat(),
+    }
+
+
+def table(rows: list[dict[str, Any]], where: dict[str, Any]) -> str:
+    """The rows as Markdown."""
+    lines = [
+        f"Device: {where['device']}, {where['threads']} threads, {where['instruction_set']}; "
+        f"torch {where['versions']['torch']}; commit {where['commit']}; {where['date']}; "
+        f"load average at the start {where['load_average']:.1f}.",
+        "",
+        "`ratio` is the arm's median over bdu's: above 1 bdu is faster. "
+        "For the streaming limit it is the share of it that bdu reaches.",
+        "",
+        "| optimizer | shapes | dtype | arm | median ms | quartile range | ratio |",
+        "|---|---|---|---|---:|---:|---:|",
+    ]
+    for row in rows:
+        compile_time = (
+            f" ({row['compile_seconds']:.0f} s to compile)" if "compile_seconds" in row else ""
+        )
+        lines.append(
+            f"| {row['optimizer']} | {row['shapes']} | {row['dtype']} | {row['arm']}{compile_time} "
+            f"| {row['median_ms']:.2f} | {row['quartile_range_ms']:.2f} | {row['ratio']:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measure what was asked for, print the table, write it where asked."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, action="append")
+    parser.add_argument("--shapes", choices=sorted(SHAPES), action="append")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), action="append")
+    parser.add_argument("--arm", default=None, help="only arms whose name holds this, and bdu")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--json", type=Path, default=None, metavar="FILE")
+    parser.add_argument("--markdown", type=Path, default=None, metavar="FILE")
+    options = parser.parse_args()
+    where = environment()
+    rows: list[dict[str, Any]] = []
+    for shape_name in options.shapes or SHAPES:
+        for dtype_name in options.dtype or DTYPES:
+            for name in options.optimizer or OPTIMIZERS:
+                rows += measure(name, shape_name, dtype_name, options.rounds, options.arm)
+                gc.collect()
+                if options.json is not None:
+                    atomic_write(options.json, json.dumps(rows, indent=1) + "\n")
+    text = table(rows, where)
+    print(text)
+    if options.markdown is not None:
+        atomic_write(options.markdown, text)
+
+
+if __name__ == "__main__":
+    main()
