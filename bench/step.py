@@ -12,7 +12,7 @@ is the step and, in the autograd arms, the penalty's own forward and backward.
 Arms
     bdu                    the fused step (mode "gradient", the same formula as the others)
     bdu proximal           the same in mode "proximal", which no other arm offers
-    autograd + X           ½λΣF(θ − θ*)² by autograd, then torch.optim with X = for-loop, foreach, fused
+    autograd + X           ½λΣF(θ − θ*)² by autograd; torch.optim with X = for-loop, foreach, fused
     closed form + X        torch._foreach ops add λF(θ − θ*) to the gradients and sum the penalty
     compiled closed form   torch.compile of the whole closed-form step; compile time shown apart
     streaming limit        reads and writes the bytes of one step and computes nothing
@@ -229,7 +229,7 @@ def _adamw(
 
 
 class Stream(Arm):
-    """The floor: the bytes of one step, without arithmetic. SGD 5 streams, 2 written; AdamW 6, 3."""
+    """The floor: the bytes of one step and no arithmetic. SGD 5 streams, 2 written; AdamW 6, 3."""
 
     def __init__(self, name: str, shapes: list[tuple[int, ...]], dtype: torch.dtype) -> None:
         elements = sum(torch.Size(shape).numel() for shape in shapes)
