@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -15,6 +17,8 @@ from bdu.metrics import predict
 from bdu.models import device_of
 
 METHODS: dict[str, Callable[..., Result]] = {"balanced": balanced.run}
+
+SETTINGS: dict[str, Callable[..., Any]] = {"balanced": balanced.Settings}
 
 NEEDS_TRIGGERED = frozenset({"balanced"})
 
@@ -60,18 +64,18 @@ def unlearn(
             before any work is done.
         FloatingPointError: a gradient is not finite; names the parameter.
     """
-    if method not in METHODS:
-        raise ValueError(f"method: expected one of {', '.join(sorted(METHODS))}, got {method!r}")
-    if method in NEEDS_TRIGGERED and triggered is None:
-        raise ValueError(f"triggered: expected samples, as method {method!r} needs them, got None")
     target_device = device_of(model) if device is None else torch.device(device)
-    data = DefenderData.split(clean, triggered, seed=seed, device=target_device)
-    _check_fits(model, data)
+    data = prepare(
+        model,
+        method=method,
+        clean=clean,
+        triggered=triggered,
+        seed=seed,
+        device=target_device,
+        settings=settings,
+    )
     if device_of(model) != target_device:
-        raise ValueError(
-            f"device: expected the model on {target_device}, got it on {device_of(model)}; "
-            f"call model.to({str(target_device)!r}) first"
-        )
+        model = copy.deepcopy(model).to(target_device)
     return METHODS[method](
         model,
         data,
@@ -84,8 +88,52 @@ def unlearn(
     )
 
 
+def prepare(
+    model: nn.Module,
+    *,
+    method: str,
+    clean: Any,
+    triggered: Any | None,
+    seed: int,
+    device: torch.device,
+    settings: Mapping[str, Any],
+) -> DefenderData:
+    """Check everything :func:`unlearn` is given, and cut the validation split from the data.
+
+    Raises:
+        ValueError: as :func:`unlearn`.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method: expected one of {', '.join(sorted(METHODS))}, got {method!r}")
+    _check_settings(method, settings)
+    if method in NEEDS_TRIGGERED and triggered is None:
+        raise ValueError(f"triggered: expected samples, as method {method!r} needs them, got None")
+    data = DefenderData.split(clean, triggered, seed=seed, device=device)
+    if settings.get("forget") == "true_label" and (
+        data.triggered is None or data.triggered.y_true is None
+    ):
+        raise ValueError("triggered: expected (x, y_target, y_true) with forget='true_label'")
+    _check_fits(model, data)
+    return data
+
+
+def _check_settings(method: str, settings: Mapping[str, Any]) -> None:
+    known: Any = SETTINGS[method]
+    names = sorted(field.name for field in fields(known))
+    for name in settings:
+        if name not in names:
+            raise ValueError(f"{name}: expected one of {', '.join(names)}")
+    known(**settings)
+
+
 def _check_fits(model: nn.Module, data: DefenderData) -> None:
-    classes = predict(model, data.clean.x[:2]).shape[1]
+    try:
+        classes = predict(model, data.clean.x[:2]).shape[1]
+    except RuntimeError as error:
+        raise ValueError(
+            f"clean: expected images that the model takes, got {tuple(data.clean.x.shape[1:])}: "
+            f"{error}"
+        ) from error
     parts = {"clean": (data.clean, data.clean_validation)}
     if data.triggered is not None and data.triggered_validation is not None:
         parts["triggered"] = (data.triggered, data.triggered_validation)

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from torch import nn
 
 from bdu.checkpoint import save_state_dict
 from bdu.cli import common
 from bdu.metrics import defense_effectiveness_rate
+from bdu.models import device_of
 from bdu.monitor.report import write_report
 from bdu.runs import RunDirectory, versions
-from bdu.trainer import METHODS, unlearn
+from bdu.trainer import METHODS, prepare, unlearn
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +62,7 @@ def run(options: argparse.Namespace) -> None:
     clean = common.images(options.clean, options)
     triggered = None
     if options.triggered is not None:
-        triggered = common.images(options.triggered, options)
+        triggered = _triggered(options)
     evaluation = None
     if options.eval_data is not None:
         evaluation = common.images(options.eval_data, options, options.eval_split)
@@ -68,6 +71,16 @@ def run(options: argparse.Namespace) -> None:
         retune_data = common.images(options.retune_data, options)
     model = common.build_loaded(options, clean.x.shape[1])
 
+    # Before anything is written: a run that cannot be must leave no folder behind.
+    prepare(
+        model,
+        method=options.method,
+        clean=clean,
+        triggered=triggered,
+        seed=options.seed,
+        device=device_of(model),
+        settings=settings,
+    )
     before = None
     if evaluation is not None:
         before = common.rates(model, evaluation, trigger, target)
@@ -129,11 +142,33 @@ def run(options: argparse.Namespace) -> None:
     print(f"{result.stopped}; wrote {directory.path}")
 
 
+def _triggered(options: argparse.Namespace) -> tuple[Any, ...]:
+    """(x, y), and where the file has them the true labels, as `bdu poison` writes them."""
+    data = common.images(options.triggered, options)
+    if options.triggered.suffix == ".npz":
+        with np.load(options.triggered, allow_pickle=False) as arrays:
+            if "y_true" in arrays.files:
+                return data.x, data.y, arrays["y_true"]
+    return data.x, data.y
+
+
 def _settings(pairs: list[str]) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for pair in pairs:
         name, separator, value = pair.partition("=")
         if not separator:
             raise ValueError(f"--set: expected NAME=VALUE, got {pair!r}")
-        settings[name.strip().replace("-", "_")] = yaml.safe_load(value)
+        settings[name.strip().replace("-", "_")] = _value(value)
     return settings
+
+
+def _value(text: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--set: expected a plain value, got {text!r}") from error
+    if isinstance(value, str):
+        # YAML 1.1 takes 1e-3, without a point, for text.
+        with contextlib.suppress(ValueError):
+            return float(value)
+    return value

@@ -3,7 +3,7 @@
     θ* ← θ,  F ← F_c · F_c / (F_c + γ F_t)                 # F_c clean, F_t of the target log-odds
     unlearn:   descend  clean(θ) + w · forget(θ)           # the pull of EWC inside every step
     recover:   the same at a learning rate that falls to 0
-    keep the weights that the validation split likes best
+    keep the latest weights that the validation split cannot tell from the best
 
 Following arXiv:2511.21291 (gradient ascent on triggered samples, EWC on the clean Fisher, recovery;
 only its abstract was available) and arXiv:2408.12416 (Fisher-weighted anchor). Ours are: the
@@ -18,6 +18,7 @@ one forward pass for the teacher, and one forward and backward pass over each sa
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
@@ -214,23 +215,30 @@ def run(
                         f"fell to {line['validation_clean_accuracy']:.3f}"
                     )
                     break
-    kept = course.keep_best()
+    kept = course.put_back_kept()
     if kept != course.step:
         stopped += f"; kept the weights of step {kept}"
     return Result(student, course.history, "balanced", asdict(s), stopped)
 
 
 class _Course:
-    """The run so far: the student, where it stands, and the best weights seen."""
+    """The run so far: the student, where it stands, and the weights to be kept."""
 
     def __init__(self, student: nn.Module, optimizer: EWCSGD, generator: torch.Generator) -> None:
         self.student, self.optimizer, self.generator = student, optimizer, generator
         self.step = 0
         self.history: list[Line] = []
-        self._best: tuple[float, int, dict[str, Tensor]] | None = None
+        self._best_score = -math.inf
+        self._kept_step = 0
+        self._kept: dict[str, Tensor] = {}
 
     def look(self, data: DefenderData, **values: Any) -> Line:
-        """Measure on the validation split, write a line, and remember the weights if best."""
+        """Measure on the validation split, write a line, and see whether to keep the weights.
+
+        Few samples cannot tell good weights from better ones, and later ones are further from the
+        backdoor: kept are the latest whose score, clean accuracy less ASR, is within one standard
+        error of the best seen.
+        """
         assert data.triggered_validation is not None
         clean = _share_called(self.student, data.clean_validation)
         attack = _share_called(self.student, data.triggered_validation)
@@ -241,28 +249,27 @@ class _Course:
             "validation_attack_success_rate": attack,
         }
         self.history.append(line)
-        # Later weights are further from the backdoor at equal score, so ties go to them.
-        score = clean - attack
-        if self._best is None or score >= self._best[0]:
-            weights = {k: v.detach().clone() for k, v in self.student.state_dict().items()}
-            self._best = (score, self.step, weights)
+        error = math.sqrt(clean * (1 - clean) / len(data.clean_validation))
+        if clean - attack >= self._best_score - error:
+            self._kept_step = self.step
+            self._kept = {k: v.detach().clone() for k, v in self.student.state_dict().items()}
+        self._best_score = max(self._best_score, clean - attack)
         return line
 
-    def keep_best(self) -> int:
-        """Put the best weights into the student; returns their step."""
-        assert self._best is not None
-        _, step, weights = self._best
-        self.student.load_state_dict(weights)
-        return step
+    def put_back_kept(self) -> int:
+        """Put the weights to be kept into the student; returns their step."""
+        self.student.load_state_dict(self._kept)
+        return self._kept_step
 
     def state(self, settings: dict[str, Any]) -> dict[str, Any]:
         """All that a resumed run needs."""
-        assert self._best is not None
         return {
             "settings": settings,
             "step": self.step,
             "history": self.history,
-            "best": list(self._best),
+            "best_score": self._best_score,
+            "kept_step": self._kept_step,
+            "kept": self._kept,
             "student": dict(self.student.state_dict()),
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
@@ -281,7 +288,8 @@ class _Course:
                     f"resumed, got {value!r}"
                 )
         self.step, self.history = state["step"], state["history"]
-        self._best = tuple(state["best"])
+        self._best_score, self._kept_step = state["best_score"], state["kept_step"]
+        self._kept = state["kept"]
         self.student.load_state_dict(state["student"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
