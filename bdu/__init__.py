@@ -3,7 +3,8 @@
 from bdu import fisher, optim
 from bdu.dispatch import use_backend
 from bdu.fisher import fisher_diagonal
+from bdu.trainer import unlearn
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "fisher", "fisher_diagonal", "optim", "use_backend"]
+__all__ = ["__version__", "fisher", "fisher_diagonal", "optim", "unlearn", "use_backend"]

@@ -119,10 +119,17 @@ def prepare(
 
 def _check_settings(method: str, settings: Mapping[str, Any]) -> None:
     known: Any = SETTINGS[method]
-    names = sorted(field.name for field in fields(known))
-    for name in settings:
-        if name not in names:
-            raise ValueError(f"{name}: expected one of {', '.join(names)}")
+    types = {field.name: str(field.type) for field in fields(known)}
+    for name, value in settings.items():
+        if name not in types:
+            raise ValueError(f"{name}: expected one of {', '.join(sorted(types))}")
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if types[name] == "bool" and not isinstance(value, bool):
+            raise ValueError(f"{name}: expected true or false, got {value!r}")
+        if types[name] in ("int", "float") and not is_number:
+            raise ValueError(f"{name}: expected a number, got {value!r}")
+        if types[name] == "float | None" and not (is_number or value is None):
+            raise ValueError(f"{name}: expected a number or None, got {value!r}")
     known(**settings)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from bdu.kernels import ewc_step
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}

@@ -75,7 +75,7 @@ def _set_defaults(top: argparse.ArgumentParser, command: str, file: Path) -> Non
     try:
         values: Any = yaml.safe_load(file.read_text())
     except (OSError, yaml.YAMLError) as error:
-        top.error(f"--config: {error}")
+        top.error(f"--config: {' '.join(str(error).split())}")
     if not isinstance(values, dict):
         top.error(f"--config: expected names and values in {file}, got {type(values).__name__}")
     commands = next(a for a in top._actions if isinstance(a, argparse._SubParsersAction))

@@ -53,6 +53,12 @@ def run(options: argparse.Namespace) -> None:
     of everything. All of them are written as ``.npz`` and share no image.
     """
     start = time.perf_counter()
+    # Before anything is written: a run that cannot be must leave no folder behind.
+    for name in ("epochs", "batch_size"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"{name}: expected at least 1, got {getattr(options, name)}")
+    if not options.lr > 0:
+        raise ValueError(f"lr: expected a positive number, got {options.lr}")
     device = common.device(options)
     trigger, target = common.evaluators_view(options)
     if trigger is None or target is None:

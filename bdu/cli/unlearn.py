@@ -136,7 +136,8 @@ def run(options: argparse.Namespace) -> None:
     directory.write_metrics(outcome)
     write_report(directory)
     directory.state.unlink(missing_ok=True)
-    print(common.table([("before", before), ("after", after)]))
+    if evaluation is not None:
+        print(common.table([("before", before), ("after", after)]))
     if "retuned_attack_success_rate" in outcome:
         print(f"ASR after the retune attack {100 * outcome['retuned_attack_success_rate']:.2f} %")
     print(f"{result.stopped}; wrote {directory.path}")

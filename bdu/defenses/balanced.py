@@ -20,7 +20,8 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -35,6 +36,7 @@ from bdu.data import as_unit_float, augment
 from bdu.defenses.protocol import Callback, DefenderData, Line, Result, Samples
 from bdu.fisher import contrastive, fisher_diagonal, scale_to_unit_mean, target_log_odds
 from bdu.metrics import predict
+from bdu.ops import grad_norm
 from bdu.optim import EWCSGD
 
 Forget = Literal["unlikelihood", "cross_entropy", "true_label"]
@@ -52,6 +54,8 @@ class Settings:
             defender then has to give.
         triggered_weight: w, the weight of that loss.
         ceiling: where "cross_entropy" stops ascending, in nats; None is 2 ln(classes).
+        radius: ρ ≥ 0. That loss is descended with its gradient at θ + ρ ∇/‖∇‖, towards the backdoor
+            (SAM, Foret et al. 2021, on that loss alone), so that a few steps do not bring it back.
         fisher: "contrastive", or "clean" for F_c alone.
         gamma: γ ≥ 0 of the contrastive Fisher.
         fisher_samples: clean samples that F_c is measured on, at most.
@@ -77,6 +81,7 @@ class Settings:
     gamma: float = 10.0
     fisher_samples: int = 2000
     ewc_lambda: float = 10.0
+    radius: float = 0.0
     distillation: float = 0.8
     temperature: float = 2.0
     unlearn_steps: int = 300
@@ -107,11 +112,14 @@ class Settings:
         for name in ("distillation", "clean_accuracy_floor"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected a share in [0, 1], got {getattr(self, name)}")
-        for name in ("triggered_weight", "gamma", "ewc_lambda", "lr", "momentum"):
-            if not 0 <= getattr(self, name) < float("inf"):
+        at_least_zero = ("triggered_weight", "radius", "gamma", "ewc_lambda", "lr", "momentum")
+        for name in at_least_zero:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)}")
+        if self.ceiling is not None and not 0 < self.ceiling < math.inf:
+            raise ValueError(f"ceiling: expected a number > 0 or None, got {self.ceiling}")
         for name in ("temperature", "max_grad_norm"):
-            if not 0 < getattr(self, name) < float("inf"):
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected a number > 0, got {getattr(self, name)}")
 
 
@@ -164,7 +172,7 @@ def run(
         error_if_nonfinite=True,
     )
     forget = _forget(s)
-    course = _Course(student, optimizer, torch.Generator().manual_seed(seed))
+    course = _Course(student, optimizer, torch.Generator().manual_seed(seed), s)
     if resume and state_file is not None and Path(state_file).exists():
         course.load(load_state(state_file), asdict(s))
     if not course.history:
@@ -179,13 +187,14 @@ def run(
             clean = _draw(data.clean, s.batch_size, course.generator)
             bad = _draw(data.triggered, s.triggered_batch_size, course.generator)
             images = as_unit_float(_augmented(clean.x, course.generator, s))
-            outputs = student(torch.cat([images, as_unit_float(bad.x)]))
-            clean_loss = _clean_loss(outputs[: len(clean)], clean.y, teacher, images, s)
-            forget_loss = forget(outputs[len(clean) :], bad)
-            loss = clean_loss + s.triggered_weight * forget_loss
-
+            triggered = as_unit_float(bad.x)
             optimizer.zero_grad()
-            loss.backward()
+            with _towards_the_backdoor(student, lambda: forget(student(triggered), bad), s.radius):  # noqa: B023
+                forget_loss = forget(student(triggered), bad)
+                (s.triggered_weight * forget_loss).backward()
+            clean_loss = _clean_loss(student(images), clean.y, teacher, images, s)
+            clean_loss.backward()
+            loss = clean_loss + s.triggered_weight * forget_loss
             optimizer.step()
 
             course.step += 1
@@ -208,8 +217,7 @@ def run(
                     save_state(state_file, course.state(asdict(s)))
                 for callback in callbacks:
                     callback(line, student)
-                floor = course.history[0]["validation_clean_accuracy"] * s.clean_accuracy_floor
-                if line["validation_clean_accuracy"] < floor:
+                if line["validation_clean_accuracy"] < course.lowest_clean_accuracy:
                     stopped = (
                         f"stopped at step {course.step}: clean accuracy on the validation split "
                         f"fell to {line['validation_clean_accuracy']:.3f}"
@@ -224,8 +232,11 @@ def run(
 class _Course:
     """The run so far: the student, where it stands, and the weights to be kept."""
 
-    def __init__(self, student: nn.Module, optimizer: EWCSGD, generator: torch.Generator) -> None:
+    def __init__(
+        self, student: nn.Module, optimizer: EWCSGD, generator: torch.Generator, s: Settings
+    ) -> None:
         self.student, self.optimizer, self.generator = student, optimizer, generator
+        self._settings = s
         self.step = 0
         self.history: list[Line] = []
         self._best_score = -math.inf
@@ -237,7 +248,8 @@ class _Course:
 
         Few samples cannot tell good weights from better ones, and later ones are further from the
         backdoor: kept are the latest whose score, clean accuracy less ASR, is within one standard
-        error of the best seen.
+        error of the best seen. Ruined ones are never kept: a model that calls everything one class
+        has no backdoor either.
         """
         assert data.triggered_validation is not None
         clean = _share_called(self.student, data.clean_validation)
@@ -249,8 +261,11 @@ class _Course:
             "validation_attack_success_rate": attack,
         }
         self.history.append(line)
+        self.lowest_clean_accuracy = (
+            self.history[0]["validation_clean_accuracy"] * self._settings.clean_accuracy_floor
+        )
         error = math.sqrt(clean * (1 - clean) / len(data.clean_validation))
-        if clean - attack >= self._best_score - error:
+        if clean - attack >= self._best_score - error and clean >= self.lowest_clean_accuracy:
             self._kept_step = self.step
             self._kept = {k: v.detach().clone() for k, v in self.student.state_dict().items()}
         self._best_score = max(self._best_score, clean - attack)
@@ -340,6 +355,27 @@ def _forget(s: Settings) -> Callable[[Tensor, Samples], Tensor]:
         "cross_entropy": cross_entropy,
         "true_label": true_label,
     }[s.forget]
+
+
+@contextmanager
+def _towards_the_backdoor(
+    model: nn.Module, forget: Callable[[], Tensor], radius: float
+) -> Iterator[None]:
+    """Within it the weights are moved by radius · ∇/‖∇‖ of the forget loss, as SAM does."""
+    if radius == 0:
+        yield
+        return
+    params: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
+    grads = torch.autograd.grad(forget(), params)
+    scale = float(radius / (grad_norm(grads) + 1e-12))
+    before = [p.detach().clone() for p in params]
+    with torch.no_grad():
+        torch._foreach_add_(params, grads, alpha=scale)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            torch._foreach_copy_(params, before)
 
 
 def _clean_loss(

@@ -125,15 +125,19 @@ def _table(metrics: dict[str, Any]) -> str:
         rows.append(
             f'<tr><th scope="row">{title}<br><small class="soft">{meaning}</small></th>{cells}</tr>'
         )
-    extra = {
-        "der": "Defence effectiveness rate (1 best, 0.5 no change)",
-        "retuned_attack_success_rate": "ASR after the retune attack (5 poisoned samples)",
-    }
-    notes = "".join(
-        f'<p>{title}: <span data-key="{key}">{_percent(metrics[key])}</span></p>'
-        for key, title in extra.items()
-        if metrics.get(key) is not None
-    )
+    notes = ""
+    if metrics.get("der") is not None:
+        notes += (
+            "<p>Defence effectiveness rate (1 is best, 0.5 no change): "
+            f'<span data-key="der">{metrics["der"]:.3f}</span></p>'
+        )
+    if metrics.get("retuned_attack_success_rate") is not None:
+        notes += (
+            "<p>ASR after the retune attack (5 poisoned samples): "
+            '<span data-key="retuned_attack_success_rate">'
+            f"{_percent(metrics['retuned_attack_success_rate'])}</span>. Compare it with a model "
+            "that never had a backdoor, attacked alike: a small network learns a new one fast.</p>"
+        )
     return (
         f'<h2>Outcome</h2><div class="wide"><table><thead><tr><th scope="col">Rate</th>{head}'
         f"</tr></thead><tbody>{''.join(rows)}</tbody></table></div>{notes}"

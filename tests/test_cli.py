@@ -1,0 +1,514 @@
+"""The command line: what each command writes, and how it refuses what it cannot do."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from bdu import dispatch
+from bdu.checkpoint import load_state_dict
+from bdu.cli import main
+from bdu.data import load_images, save_npz
+from bdu.fisher import load_fisher
+from bdu.models import build
+from bdu.runs import RunDirectory
+
+CLASSES = 3
+RUN_FILES = {"config.yaml", "metrics.jsonl", "metrics.json", "model.safetensors", "report.html"}
+PARTS = ("defender_clean", "defender_triggered", "retune", "evaluator")
+RATES = ("clean_accuracy", "attack_success_rate", "robust_accuracy", "false_target_rate")
+COMMON = ("--quiet", "--device", "cpu")
+
+
+def images(count=400, seed=0):
+    """Noise around a grey level that tells the class; no two images are the same."""
+    generator = np.random.default_rng(seed)
+    y = np.arange(count) % CLASSES
+    x = generator.integers(0, 90, (count, 8, 8, 1), dtype=np.uint8)
+    return {"x": x + (80 * y).astype(np.uint8)[:, None, None, None], "y": y}
+
+
+def poison(data, out, *more):
+    return [
+        *("poison", "--data", str(data), "--model", "smallcnn", "--attack", "badnets"),
+        *("--target", "1", "--rate", "0.2", "--epochs", "2", "--batch-size", "32"),
+        *("--defender-clean", "0.2", "--defender-triggered", "0.1", "--retune", "0.1"),
+        *("--out", str(out), *COMMON, *more),
+    ]
+
+
+def on(planted, command, *more, checkpoint=None):
+    checkpoint = planted / "model.safetensors" if checkpoint is None else checkpoint
+    model = ("--model", "smallcnn", "--checkpoint", str(checkpoint))
+    return [command, *model, *COMMON, *(str(m) for m in more)]
+
+
+def unlearn(planted, out, *more, clean=None, triggered=None):
+    return on(
+        *(planted, "unlearn", "--out", out),
+        *("--clean", clean or planted / "defender_clean.npz"),
+        *("--triggered", triggered or planted / "defender_triggered.npz"),
+        *("--set", "unlearn_steps=6", "--set", "recovery_steps=4", "--set", "evaluate_every=3"),
+        *more,
+    )
+
+
+def evaluated(planted):
+    return "--eval-data", planted / "evaluator.npz", "--attack", planted / "attack.json"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    file = tmp_path_factory.mktemp("data") / "images.npz"
+    save_npz(file, **images())
+    return file
+
+
+@pytest.fixture(scope="module")
+def planted(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("poison") / "run"
+    assert main(poison(data, out)) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def cleaned(planted, tmp_path_factory):
+    out = tmp_path_factory.mktemp("unlearn") / "run"
+    more = (*evaluated(planted), "--retune-data", planted / "retune.npz")
+    assert main(unlearn(planted, out, *more)) == 0
+    return out
+
+
+def contents(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def assert_same_weights(one, other):
+    one, other = load_state_dict(one), load_state_dict(other)
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def assert_refused(arguments, message, capsys, folder):
+    """The command fails with one clear line, and nothing changes in the folder."""
+    before, folders = contents(folder), {p for p in folder.rglob("*") if p.is_dir()}
+    capsys.readouterr()
+    code, by_argparse = None, False
+    try:
+        code = main([str(argument) for argument in arguments])
+    except SystemExit as stopped:
+        code, by_argparse = stopped.code, True
+    error = capsys.readouterr().err.strip()
+    if by_argparse:
+        # It shows the usage first.
+        error = error.splitlines()[-1]
+    assert code == (2 if by_argparse else 1)
+    assert "\n" not in error
+    assert error.startswith("bdu: error: " if by_argparse else f"bdu {arguments[0]}: ") or (
+        by_argparse and error.startswith(f"bdu {arguments[0]}: error: ")
+    )
+    assert re.search(message, error), error
+    assert contents(folder) == before
+    assert {p for p in folder.rglob("*") if p.is_dir()} == folders
+
+
+def assert_rates(rates):
+    assert all(0 <= rates[name] <= 1 for name in RATES)
+
+
+def test_poison_writes_a_whole_run_directory(planted):
+    names = {p.name for p in planted.iterdir()}
+    assert names == RUN_FILES | {f"{part}.npz" for part in PARTS} | {"attack.json"}
+    config = yaml.safe_load((planted / "config.yaml").read_text())
+    assert (config["command"], config["epochs"], config["rate"]) == ("poison", 2, 0.2)
+    lines = [json.loads(line) for line in (planted / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2]
+    metrics = json.loads((planted / "metrics.json").read_text())
+    assert metrics["before"] is None
+    assert_rates(metrics["after"])
+    assert (metrics["method"], metrics["seed"]) == ("poison", 0)
+    assert metrics["seconds"] > 0
+    assert {"python", "bdu", "torch"} <= metrics["versions"].keys()
+    record = json.loads((planted / "attack.json").read_text())
+    assert (record["target"], record["trigger"]["name"]) == (1, "badnets")
+    model = build("smallcnn", num_classes=CLASSES, in_channels=1, seed=0)
+    model.load_state_dict(load_state_dict(planted / "model.safetensors"))
+
+
+def test_parts_written_by_poison_share_no_image(planted):
+    seen = {}
+    for part in PARTS:
+        x = load_images(planted / f"{part}.npz").x.clone()
+        x[:, :, 5:, 5:] = 0  # where the trigger lies
+        seen[part] = {image.numpy().tobytes() for image in x}
+        assert len(seen[part]) == len(x) > 0
+    for i, one in enumerate(PARTS):
+        for other in PARTS[i + 1 :]:
+            assert not seen[one] & seen[other]
+    # Nor does the attacker train on what the defender or the evaluator holds.
+    assert sum(map(len, seen.values())) < len(images()["y"])
+
+
+def test_triggered_samples_are_of_other_classes_and_carry_the_attackers_label(planted):
+    with np.load(planted / "defender_triggered.npz") as arrays:
+        assert set(arrays["y"]) == {1}
+        assert set(arrays["y_true"]) == {0, 2}
+
+
+def test_unlearn_writes_a_whole_run_directory(cleaned):
+    assert {p.name for p in cleaned.iterdir()} == RUN_FILES
+    config = yaml.safe_load((cleaned / "config.yaml").read_text())
+    assert (config["command"], config["method"]) == ("unlearn", "balanced")
+    lines = [json.loads(line) for line in (cleaned / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 3, 6, 9, 10]
+    metrics = json.loads((cleaned / "metrics.json").read_text())
+    assert_rates(metrics["before"])
+    assert_rates(metrics["after"])
+    for name in ("der", "retuned_attack_success_rate"):
+        assert 0 <= metrics[name] <= 1
+    assert (metrics["method"], metrics["seed"]) == ("balanced", 0)
+    assert metrics["settings"]["unlearn_steps"] == 6
+    assert metrics["stopped"]
+    model = build("smallcnn", num_classes=CLASSES, in_channels=1, seed=0)
+    model.load_state_dict(load_state_dict(cleaned / "model.safetensors"))
+
+
+def test_unlearn_without_an_evaluator_leaves_the_rates_empty(planted, tmp_path, capsys):
+    assert main(unlearn(planted, tmp_path / "run")) == 0
+    assert "clean accuracy" not in capsys.readouterr().out
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["before"] is None
+    assert metrics["after"] is None
+    assert "der" not in metrics
+    assert "nobody evaluated it" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_what_the_evaluator_holds_does_not_change_the_weights(planted, cleaned, tmp_path):
+    assert main(unlearn(planted, tmp_path / "run")) == 0
+    assert_same_weights(cleaned / "model.safetensors", tmp_path / "run" / "model.safetensors")
+
+
+def test_true_labels_in_the_triggered_file_are_used(planted, tmp_path):
+    more = ("--set", "forget=true_label")
+    assert main(unlearn(planted, tmp_path / "run", *more)) == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["settings"]["forget"] == "true_label"
+
+
+def test_numbers_with_an_exponent_are_numbers(planted, tmp_path):
+    assert main(unlearn(planted, tmp_path / "run", "--set", "lr=1e-3")) == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["settings"]["lr"] == 1e-3
+
+
+def test_evaluate_agrees_with_the_run_it_measures(planted, cleaned, tmp_path, capsys):
+    out = tmp_path / "rates.json"
+    arguments = on(
+        *(planted, "evaluate", "--data", planted / "evaluator.npz", "--out", out),
+        *("--attack", planted / "attack.json"),
+        checkpoint=cleaned / "model.safetensors",
+    )
+    assert main(arguments) == 0
+    rates = json.loads(out.read_text())
+    expected = json.loads((cleaned / "metrics.json").read_text())["after"]
+    assert {name: rates[name] for name in expected} == expected
+    assert f"{100 * rates['clean_accuracy']:.2f} %" in capsys.readouterr().out
+
+
+def test_evaluate_without_a_trigger_tells_clean_accuracy_alone(planted, tmp_path):
+    out = tmp_path / "rates.json"
+    assert main(on(planted, "evaluate", "--data", planted / "evaluator.npz", "--out", out)) == 0
+    rates = json.loads(out.read_text())
+    assert 0 <= rates["clean_accuracy"] <= 1
+    assert [rates[name] for name in RATES[1:]] == [None] * 3
+
+
+def test_fisher_writes_a_file_for_every_parameter(planted, tmp_path):
+    out = tmp_path / "fisher.safetensors"
+    arguments = on(planted, "fisher", "--data", planted / "defender_clean.npz", "--out", out)
+    assert main([*arguments, "--samples", "20"]) == 0
+    fisher = load_fisher(out)
+    model = build("smallcnn", num_classes=CLASSES, in_channels=1, seed=0)
+    expected = {name: p.shape for name, p in model.named_parameters()}
+    assert {name: f.shape for name, f in fisher.items()} == expected
+    assert all(bool((f >= 0).all()) for f in fisher.values())
+
+
+def test_doctor_names_every_operation_and_backend(capsys):
+    assert main(["doctor"]) == 0
+    shown = capsys.readouterr().out
+    for name in (*dispatch.TABLE, *dispatch.BACKENDS, "bdu", "torch"):
+        assert re.search(rf"^{re.escape(name)} ", shown, re.M), name
+
+
+def test_report_stands_alone_and_shows_the_numbers_of_the_run(planted, cleaned):
+    for run in (planted, cleaned):
+        page = (run / "report.html").read_text()
+        assert not re.search(r"https?://|<script|<link|<img|@import|url\(|src=", page)
+        metrics = json.loads((run / "metrics.json").read_text())
+        shown = dict(re.findall(r'data-key="([^"]+)">([^<]+)<', page))
+        expected = {
+            f"{when}.{name}": metrics[when][name]
+            for when in ("before", "after")
+            if metrics[when] is not None
+            for name in RATES
+        } | {k: metrics[k] for k in ("der", "retuned_attack_success_rate") if k in metrics}
+        assert shown == {
+            key: f"{value:.3f}" if key == "der" else f"{100 * value:.2f} %"
+            for key, value in expected.items()
+        }
+
+
+def test_report_escapes_what_a_user_wrote(planted, tmp_path):
+    out = tmp_path / "<b>run"
+    clean = tmp_path / "<i>clean.npz"
+    clean.write_bytes((planted / "defender_clean.npz").read_bytes())
+    assert main(unlearn(planted, out, clean=clean)) == 0
+    page = (out / "report.html").read_text()
+    assert "<i>clean" not in page
+    assert "&lt;i&gt;clean" in page
+
+
+def test_flags_win_over_the_configuration_file(data, tmp_path):
+    file = tmp_path / "poison.yaml"
+    file.write_text(
+        f"data: {data}\nmodel: smallcnn\nattack: badnets\ntarget: 1\nrate: 0.2\nepochs: 5\n"
+        "batch-size: 32\ndefender_clean: 0.2\ndefender_triggered: 0.1\nretune: 0.1\nquiet: true\n"
+        "no_augment: true\n"
+    )
+    out = tmp_path / "run"
+    assert main(["poison", "--config", str(file), "--epochs", "1", "--out", str(out)]) == 0
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    found = [config[key] for key in ("epochs", "batch_size", "rate", "target", "no_augment")]
+    assert found == [1, 32, 0.2, "1", True]
+
+
+def test_the_configuration_of_a_run_repeats_it(planted, tmp_path):
+    out = tmp_path / "again"
+    config = planted / "config.yaml"
+    assert main(["poison", "--config", str(config), "--out", str(out), "--quiet"]) == 0
+    assert_same_weights(planted / "model.safetensors", out / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epoks: 3", r"--config: expected one of .*epochs.*, got 'epoks'"),
+        ("command: unlearn", r"--config: .* is of bdu unlearn, got bdu poison"),
+        ("schedule: steps", r"--config: schedule: expected one of"),
+        ("- epochs", r"--config: expected names and values in .*, got list"),
+        ("a: [", r"--config: "),
+        ("epochs: many", r"argument --epochs: invalid int value: 'many'"),
+    ],
+)
+def test_configuration_that_does_not_fit_is_refused(data, tmp_path, capsys, text, message):
+    file = tmp_path / "poison.yaml"
+    file.write_text(text)
+    arguments = ["poison", "--config", file, "--data", data, "--model", "smallcnn"]
+    assert_refused([*arguments, "--out", tmp_path / "run"], message, capsys, tmp_path)
+
+
+def interrupt_after(lines, monkeypatch):
+    write = RunDirectory.write_lines
+
+    def stop(self, written):
+        write(self, written)
+        if len(written) == lines:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunDirectory, "write_lines", stop)
+
+
+def test_interrupted_poison_resumes_to_the_same_weights(data, planted, tmp_path, capsys):
+    out = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_after(1, patch)
+        assert main(poison(data, out)) == 130
+    assert "continue with --resume" in capsys.readouterr().err
+    assert (out / "state.pt").exists()
+    assert not (out / "model.safetensors").exists()
+    assert main(poison(data, out, "--resume")) == 0
+    assert_same_weights(planted / "model.safetensors", out / "model.safetensors")
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2]
+    assert not (out / "state.pt").exists()
+
+
+def test_interrupted_unlearn_resumes_to_the_same_weights(planted, cleaned, tmp_path):
+    out = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_after(2, patch)
+        assert main(unlearn(planted, out)) == 130
+    assert main(unlearn(planted, out, "--resume")) == 0
+    assert_same_weights(cleaned / "model.safetensors", out / "model.safetensors")
+    assert (out / "metrics.jsonl").read_text() == (cleaned / "metrics.jsonl").read_text()
+
+
+def test_finished_run_resumed_gives_the_same_weights(data, tmp_path):
+    out = tmp_path / "run"
+    assert main(poison(data, out)) == 0
+    first = load_state_dict(out / "model.safetensors")
+    assert main(poison(data, out, "--resume")) == 0
+    again = load_state_dict(out / "model.safetensors")
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_existing_run_is_refused_and_left_as_it_is(data, planted, cleaned, capsys):
+    message = "holds a run already"
+    assert_refused(poison(data, planted), message, capsys, planted)
+    assert_refused(unlearn(planted, cleaned), message, capsys, cleaned)
+
+
+def test_resume_with_other_settings_is_refused(data, planted, capsys):
+    arguments = poison(data, planted, "--resume", "--lr", "0.01")
+    assert_refused(arguments, r"resume: .*lr was 0\.1 and is now 0\.01", capsys, planted)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--set", "lambda=3"), "lambda: expected one of .*ewc_lambda"),
+        (("--set", "lr"), "--set: expected NAME=VALUE, got 'lr'"),
+        (("--set", "lr=["), r"--set: expected a plain value, got '\['"),
+        (("--set", "lr=-1"), "lr: expected a number >= 0, got -1"),
+        (("--set", "lr=fast"), "lr: expected a number, got 'fast'"),
+        (("--set", "forget=ascent"), "forget: expected one of"),
+        (("--method", "prayer"), "--method: invalid choice: 'prayer'"),
+        (("--target", "1"), "--attack or --trigger: expected"),
+        (("--attack", "badnets"), "--target: expected"),
+        (("--attack", "badnets", "--target", "one"), "--target: expected a class number"),
+        (("--attack", "badnets", "--target", "1"), "--eval-data: expected"),
+        (("--alpha", "0.2"), "--alpha: expected --attack or --trigger with it"),
+        (("--attack", "sunrise", "--target", "1"), "name: expected one of badnets"),
+        (("--device", "mps"), "--device: expected cpu or cuda, got mps"),
+        (("--num-classes", "4"), r"fc\.weight: expected \(4, 64\), got \(3, 64\)"),
+    ],
+)
+def test_flags_that_do_not_fit_are_refused(planted, tmp_path, capsys, flags, message):
+    assert_refused(unlearn(planted, tmp_path / "run", *flags), message, capsys, tmp_path)
+
+
+@pytest.mark.parametrize("command", ["unlearn", "evaluate", "fisher"])
+def test_labels_out_of_range_are_refused(planted, tmp_path, capsys, command):
+    bad, out = tmp_path / "bad.npz", tmp_path / "out.safetensors"
+    save_npz(bad, **images(30) | {"y": np.full(30, 7)})
+    arguments = {
+        "unlearn": unlearn(planted, tmp_path / "run", clean=bad),
+        "evaluate": on(planted, "evaluate", "--data", bad, "--out", tmp_path / "rates.json"),
+        "fisher": on(planted, "fisher", "--data", bad, "--out", out),
+    }[command]
+    assert_refused(arguments, r"expected .*\b3\b.*, got 7|got 7", capsys, tmp_path)
+
+
+def test_images_of_another_shape_are_refused(planted, tmp_path, capsys):
+    colour, small = tmp_path / "colour.npz", tmp_path / "small.npz"
+    save_npz(colour, x=np.zeros((20, 8, 8, 3), np.uint8), y=np.arange(20) % 3)
+    save_npz(small, x=np.zeros((20, 6, 6, 1), np.uint8), y=np.ones(20, np.int64))
+    out = tmp_path / "run"
+    message = r"features\.0\.weight: expected \(16, 3, 3, 3\)"
+    assert_refused(unlearn(planted, out, clean=colour), message, capsys, tmp_path)
+    message = r"triggered: expected images of \(1, 8, 8\), as in clean, got \(1, 6, 6\)"
+    assert_refused(unlearn(planted, out, triggered=small), message, capsys, tmp_path)
+
+
+def test_missing_triggered_samples_are_refused(planted, tmp_path, capsys):
+    arguments = on(
+        *(planted, "unlearn", "--clean", planted / "defender_clean.npz"),
+        *("--out", tmp_path / "run"),
+    )
+    assert_refused(arguments, "triggered: expected samples", capsys, tmp_path)
+
+
+def test_true_label_without_true_labels_is_refused(planted, tmp_path, capsys):
+    with np.load(planted / "defender_triggered.npz") as arrays:
+        save_npz(tmp_path / "bare.npz", x=arrays["x"], y=arrays["y"])
+    arguments = unlearn(
+        *(planted, tmp_path / "run", "--set", "forget=true_label"),
+        triggered=tmp_path / "bare.npz",
+    )
+    assert_refused(arguments, r"triggered: expected \(x, y_target, y_true\)", capsys, tmp_path)
+
+
+def test_pickled_checkpoint_is_refused(planted, tmp_path, capsys):
+    file = tmp_path / "model.pt"
+    torch.save(build("smallcnn", num_classes=CLASSES, in_channels=1, seed=0), file)
+    arguments = on(
+        *(planted, "evaluate", "--data", planted / "evaluator.npz"),
+        *("--out", tmp_path / "rates.json"),
+        checkpoint=file,
+    )
+    assert_refused(arguments, "bdu never unpickles", capsys, tmp_path)
+
+
+@pytest.mark.parametrize("command", ["poison", "unlearn", "evaluate", "fisher"])
+def test_folder_without_images_is_refused(planted, tmp_path, capsys, command):
+    folder = tmp_path / "photos"
+    (folder / "cat").mkdir(parents=True)
+    arguments = {
+        "poison": poison(folder, tmp_path / "run"),
+        "unlearn": unlearn(planted, tmp_path / "run", clean=folder),
+        "evaluate": on(planted, "evaluate", "--data", folder, "--out", tmp_path / "rates.json"),
+        "fisher": on(planted, "fisher", "--data", folder, "--out", tmp_path / "f.safetensors"),
+    }[command]
+    assert_refused(arguments, "path: expected images in .*cat, got none", capsys, tmp_path)
+
+
+@pytest.mark.parametrize("command", ["poison", "unlearn", "evaluate"])
+def test_trigger_larger_than_the_image_is_refused(data, planted, tmp_path, capsys, command):
+    picture = tmp_path / "trigger.png"
+    Image.fromarray(np.full((9, 9), 255, np.uint8)).save(picture)
+    flags = ("--trigger", str(picture), "--target", "1")
+    shown = ("--eval-data", planted / "evaluator.npz")
+    arguments = {
+        "poison": poison(data, tmp_path / "run", *flags),
+        "unlearn": unlearn(planted, tmp_path / "run", *shown, *flags),
+        "evaluate": on(planted, "evaluate", "--data", planted / "evaluator.npz", *flags),
+    }[command]
+    assert_refused(arguments, r"9.*8|8.*9", capsys, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--target", "7"), "target: expected a class in 0 to 2, got 7"),
+        (("--rate", "1.5"), r"rate: expected a share in \[0, 1\], got 1\.5"),
+        (("--defender-clean", "0.9"), "sizes: expected"),
+        (("--split", "train"), "split: expected train_x and train_y"),
+        (("--data", "nowhere.npz"), r"path: .*nowhere\.npz is not there"),
+        (("--model", "resnet1000"), "resnet1000"),
+        (("--epochs", "0"), "epochs: expected at least 1, got 0"),
+        (("--lr", "0"), "lr: expected a positive number, got 0"),
+    ],
+)
+def test_poison_refuses_what_does_not_fit(data, tmp_path, capsys, flags, message):
+    assert_refused(poison(data, tmp_path / "run", *flags), message, capsys, tmp_path)
+
+
+def test_poison_without_an_attack_is_refused(data, tmp_path, capsys):
+    arguments = ["poison", "--data", data, "--model", "smallcnn", "--target", "1"]
+    message = "--attack or --trigger: expected"
+    assert_refused([*arguments, "--out", tmp_path / "run"], message, capsys, tmp_path)
+
+
+def test_unknown_command_is_refused(tmp_path, capsys):
+    assert_refused(["cure"], "invalid choice: 'cure'", capsys, tmp_path)
+
+
+@pytest.mark.slow
+def test_demo_plants_and_removes_a_backdoor(tmp_path, capsys):
+    out = tmp_path / "demo"
+    assert main(["demo", "--out", str(out), "--quiet"]) == 0
+    metrics = json.loads((out / "metrics.json").read_text())
+    before, after = metrics["before"], metrics["after"]
+    assert before["attack_success_rate"] > 0.9
+    assert after["attack_success_rate"] <= after["false_target_rate"] + 0.03
+    assert after["clean_accuracy"] >= before["clean_accuracy"] - 0.03
+    assert (out / "report.html").exists()
+    assert str(out / "report.html") in capsys.readouterr().out
+    assert_refused(["demo", "--out", out, "--quiet"], "holds a run already", capsys, tmp_path)
