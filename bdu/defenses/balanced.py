@@ -80,8 +80,8 @@ class Settings:
     fisher: FisherKind = "contrastive"
     gamma: float = 10.0
     fisher_samples: int = 2000
-    ewc_lambda: float = 10.0
-    radius: float = 0.0
+    ewc_lambda: float = 3.0
+    radius: float = 0.5
     distillation: float = 0.8
     temperature: float = 2.0
     unlearn_steps: int = 300
