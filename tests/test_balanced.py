@@ -110,9 +110,10 @@ def test_the_backdoor_is_there_before(before):
 @pytest.mark.parametrize("forget", ["unlikelihood", "cross_entropy", "true_label"])
 def test_the_backdoor_is_gone_and_clean_accuracy_is_kept(planted, before, forget):
     triggered = (*planted.triggered, planted.y_true)
-    result = planted.unlearn(
-        **SHORT | {"evaluate_every": 25, "forget": forget}, triggered=triggered
-    )
+    settings = SHORT | {"evaluate_every": 25, "forget": forget}
+    if forget == "cross_entropy":
+        settings["ewc_lambda"] = 10.0  # ascent overshoots: it takes the tighter anchor
+    result = planted.unlearn(**settings, triggered=triggered)
     after = planted.rates(result.model)
     assert after["attack_success_rate"] <= after["false_target_rate"] + 0.03
     assert after["clean_accuracy"] >= before["clean_accuracy"] - 0.03
@@ -308,7 +309,7 @@ def test_a_run_that_loses_the_model_stops_early_and_says_so(planted):
     assert result.stopped.startswith("stopped at step 3: clean accuracy on the validation split")
     assert "fell to" in result.stopped
     assert [line["step"] for line in result.history] == [0, 3]
-    assert_same_bits(weights(result.model), seen[kept_step(result.history)])
+    assert_same_bits(weights(result.model), seen[0])
 
 
 def test_weights_below_the_floor_of_clean_accuracy_are_not_kept(planted):

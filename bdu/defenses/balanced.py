@@ -11,8 +11,9 @@ unlikelihood loss in place of the ascended cross-entropy, the proximal pull in p
 penalty, and the contrastive Fisher, which frees what only the backdoor needs. The triggered samples
 stay in the loss during recovery, so that clean descent cannot bring the backdoor back.
 
-Cost: one forward and one backward pass over batch_size + triggered_batch_size images a step, plus
-one forward pass for the teacher, and one forward and backward pass over each sample for F.
+Cost of a step: a forward and a backward pass over batch_size clean images, two of each over
+triggered_batch_size triggered ones, and a forward pass of the teacher over the clean ones. F costs a
+forward and a backward pass over each sample, once.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ class Settings:
         ceiling: where "cross_entropy" stops ascending, in nats; None is 2 ln(classes).
         radius: ρ ≥ 0. That loss is descended with its gradient at θ + ρ ∇/‖∇‖, towards the backdoor
             (SAM, Foret et al. 2021, on that loss alone), so that a few steps do not bring it back.
+            Not used with "cross_entropy".
         fisher: "contrastive", or "clean" for F_c alone.
         gamma: γ ≥ 0 of the contrastive Fisher.
         fisher_samples: clean samples that F_c is measured on, at most.
@@ -172,6 +174,8 @@ def run(
         error_if_nonfinite=True,
     )
     forget = _forget(s)
+    # The ascended cross-entropy has no slope where the model is certain, so no way to the backdoor.
+    radius = 0.0 if s.forget == "cross_entropy" else s.radius
     course = _Course(student, optimizer, torch.Generator().manual_seed(seed), s)
     if resume and state_file is not None and Path(state_file).exists():
         course.load(load_state(state_file), asdict(s))
@@ -189,7 +193,7 @@ def run(
             images = as_unit_float(_augmented(clean.x, course.generator, s))
             triggered = as_unit_float(bad.x)
             optimizer.zero_grad()
-            with _towards_the_backdoor(student, lambda: forget(student(triggered), bad), s.radius):  # noqa: B023
+            with _moved_towards_the_backdoor(student, forget, triggered, bad, radius):
                 forget_loss = forget(student(triggered), bad)
                 (s.triggered_weight * forget_loss).backward()
             clean_loss = _clean_loss(student(images), clean.y, teacher, images, s)
@@ -358,15 +362,19 @@ def _forget(s: Settings) -> Callable[[Tensor, Samples], Tensor]:
 
 
 @contextmanager
-def _towards_the_backdoor(
-    model: nn.Module, forget: Callable[[], Tensor], radius: float
+def _moved_towards_the_backdoor(
+    model: nn.Module,
+    forget: Callable[[Tensor, Samples], Tensor],
+    images: Tensor,
+    bad: Samples,
+    radius: float,
 ) -> Iterator[None]:
-    """Within it the weights are moved by radius · ∇/‖∇‖ of the forget loss, as SAM does."""
+    """Within it the weights stand at θ + radius · ∇/‖∇‖ of the forget loss."""
     if radius == 0:
         yield
         return
     params: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
-    grads = torch.autograd.grad(forget(), params)
+    grads = torch.autograd.grad(forget(model(images), bad), params)
     scale = float(radius / (grad_norm(grads) + 1e-12))
     before = [p.detach().clone() for p in params]
     with torch.no_grad():
