@@ -12,8 +12,8 @@ penalty, and the contrastive Fisher, which frees what only the backdoor needs. T
 stay in the loss during recovery, so that clean descent cannot bring the backdoor back.
 
 Cost of a step: a forward and a backward pass over batch_size clean images, two of each over
-triggered_batch_size triggered ones, and a forward pass of the teacher over the clean ones. F costs a
-forward and a backward pass over each sample, once.
+triggered_batch_size triggered ones, and a forward pass of the teacher over the clean ones. F costs
+a forward and a backward pass over each sample, once.
 """
 
 from __future__ import annotations
