@@ -194,17 +194,16 @@ def memory_stream(read: Sequence[Tensor], written: Sequence[Tensor]) -> None:
     """Move the bytes of a step and compute nothing: the floor that benchmarks are held against.
 
     Args:
-        read: contiguous CPU tensors that are read.
-        written: contiguous CPU tensors that are read and overwritten (with meaningless bits). All
-            tensors hold the same number of bytes, a multiple of 4.
+        read: 3 contiguous CPU tensors that are read.
+        written: 2 (momentum SGD) or 3 (AdamW) contiguous CPU tensors that are read and overwritten
+            with meaningless bits. All tensors hold the same number of bytes, a multiple of 4.
     """
-    streams = [*read, *written]
-    sizes = {t.numel() * t.element_size() for t in streams}
+    sizes = {t.numel() * t.element_size() for t in (*read, *written)}
     if len(sizes) != 1 or next(iter(sizes)) % 4:
         raise ValueError(f"streams: expected one size, a multiple of 4 bytes, got {sorted(sizes)}")
     library().memory_stream(
-        addresses(streams),
-        written=len(written),
+        addresses(read),
+        addresses(written),
         words=next(iter(sizes)) // 4,
         threads=torch.get_num_threads(),
     )

@@ -233,9 +233,8 @@ class Stream(Arm):
 
     def __init__(self, name: str, shapes: list[tuple[int, ...]], dtype: torch.dtype) -> None:
         elements = sum(torch.Size(shape).numel() for shape in shapes)
-        count, written = (5, 2) if name == "sgd" else (6, 3)
-        made = [torch.randn(elements + elements % 2).to(dtype) for _ in range(count)]
-        self.read, self.written = made[:-written], made[-written:]
+        made = [torch.randn(elements + elements % 2).to(dtype) for _ in range(6)]
+        self.read, self.written = made[:3], made[3 : 5 if name == "sgd" else 6]
 
     def prepare(self) -> None:
         pass

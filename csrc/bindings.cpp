@@ -113,12 +113,13 @@ double grad_norm(const Addresses& addresses, const Dtypes& dtypes, const Counts&
   return bdu::cpu::grad_norm(tensors, numel.data(), grad, threads);
 }
 
-void memory_stream(const Addresses& addresses, int written, std::int64_t words, int threads) {
-  const auto streams = static_cast<int>(addresses.size());
-  if (written < 1 || written > streams)
-    throw std::invalid_argument("written: expected 1 to " + std::to_string(streams));
+void memory_stream(const Addresses& read, const Addresses& written, std::int64_t words,
+                   int threads) {
+  const auto count = static_cast<int>(written.size());
+  if (read.size() != 3 || count < 2 || count > 3)
+    throw std::invalid_argument("read, written: expected 3 and 2 or 3 streams");
   py::gil_scoped_release release;
-  bdu::cpu::memory_stream(addresses.data(), streams, written, words, threads);
+  bdu::cpu::memory_stream(read.data(), written.data(), count, words, threads);
 }
 
 py::object cuda_build() {
@@ -156,6 +157,6 @@ PYBIND11_MODULE(_native, m) {
       .def(py::init<py::list, const py::capsule&>(), py::arg("tensors"), py::arg("api"))
       .def("is_current", &bdu::Survey::is_current)
       .def("fit", &bdu::Survey::fit, py::arg("others"), py::arg("address").noconvert());
-  m.def("memory_stream", &memory_stream, py::arg("addresses"), py::kw_only(), py::arg("written"),
+  m.def("memory_stream", &memory_stream, py::arg("read"), py::arg("written"), py::kw_only(),
         py::arg("words"), py::arg("threads"));
 }

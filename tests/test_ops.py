@@ -838,3 +838,19 @@ def test_momentum_without_buffers_is_refused_and_nothing_is_written(backend: str
 def test_gradients_on_several_devices_are_named() -> None:
     with pytest.raises(ValueError, match=r"grads\[1\]: expected a dense floating tensor on cpu"):
         ops.grad_norm([torch.ones(3), torch.ones(3, device="meta")])
+
+
+@pytest.mark.parametrize("count_written", [2, 3])
+def test_the_streaming_floor_reads_and_writes_every_word(count_written):
+    words = 40_001  # crosses chunks, and ends in a part of one
+    tensors = [
+        torch.randint(
+            2**31, (words,), dtype=torch.int32, generator=torch.Generator().manual_seed(i)
+        )
+        for i in range(3 + count_written)
+    ]
+    before = [t.clone() for t in tensors]
+    native.memory_stream(tensors[:3], tensors[3:])
+    word = before[0] ^ before[1] ^ before[2]
+    assert all(torch.equal(t, old) for t, old in zip(tensors[:3], before[:3], strict=True))
+    assert all(torch.equal(t, old ^ word) for t, old in zip(tensors[3:], before[3:], strict=True))

@@ -261,10 +261,35 @@ double square_sum(const View& view, std::int64_t numel) {
   return sum;
 }
 
+void stream(const Streams& streams, std::int64_t offset, std::int64_t n) {
+  const std::uint32_t* __restrict a = streams.read[0] + offset;
+  const std::uint32_t* __restrict b = streams.read[1] + offset;
+  const std::uint32_t* __restrict c = streams.read[2] + offset;
+  std::uint32_t* __restrict x = streams.written[0] + offset;
+  std::uint32_t* __restrict y = streams.written[1] + offset;
+  if (streams.written[2] == nullptr) {
+#pragma omp simd
+    for (std::int64_t i = 0; i < n; ++i) {
+      const std::uint32_t word = a[i] ^ b[i] ^ c[i];
+      x[i] ^= word;
+      y[i] ^= word;
+    }
+    return;
+  }
+  std::uint32_t* __restrict z = streams.written[2] + offset;
+#pragma omp simd
+  for (std::int64_t i = 0; i < n; ++i) {
+    const std::uint32_t word = a[i] ^ b[i] ^ c[i];
+    x[i] ^= word;
+    y[i] ^= word;
+    z[i] ^= word;
+  }
+}
+
 } // namespace
 
 const ChunkKernels& BDU_CONCATENATE(chunk_kernels_, BDU_ISA)() {
-  static const ChunkKernels kernels{BDU_STRING(BDU_ISA), ewc_sgd, ewc_adamw, square_sum};
+  static const ChunkKernels kernels{BDU_STRING(BDU_ISA), ewc_sgd, ewc_adamw, square_sum, stream};
   return kernels;
 }
 

@@ -25,12 +25,20 @@ struct AdamwChunk {
   View param, grad, exp_avg, exp_avg_sq, fisher, anchor;
 };
 
+// Benchmark floor: as many streams as a step has, in 32-bit words. Momentum SGD reads three columns
+// (gradient, Fisher, anchor) and reads and writes two; AdamW writes a third, else null.
+struct Streams {
+  const std::uint32_t* read[3];
+  std::uint32_t* written[3];
+};
+
 // Steps return the chunk's sum of F d^2, at theta before the step.
 struct ChunkKernels {
   const char* isa;
   double (*ewc_sgd)(const SgdChunk&, const SgdScalars&, const Switches&);
   double (*ewc_adamw)(const AdamwChunk&, const AdamwScalars&, const Switches&);
   double (*square_sum)(const View&, std::int64_t n);
+  void (*stream)(const Streams&, std::int64_t offset, std::int64_t n);
 };
 
 const ChunkKernels& chunk_kernels_baseline();

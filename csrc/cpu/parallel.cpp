@@ -143,26 +143,15 @@ double grad_norm(std::int64_t tensors, const std::int64_t* numel, const Column& 
       chunks, threads, [&](const Chunk& c) { return k.square_sum(view_of(grad, c), c.n); }));
 }
 
-void memory_stream(const std::int64_t* address, int streams, int written, std::int64_t words,
-                   int threads) {
-  const Chunks chunks(1, &words);
-  const int only_read = streams - written;
-  sum_over_chunks(chunks, threads, [&](const Chunk& c) {
-    constexpr int kTile = 512;
-    for (std::int64_t begin = c.offset; begin < c.offset + c.n; begin += kTile) {
-      const int n = static_cast<int>(std::min<std::int64_t>(kTile, c.offset + c.n - begin));
-      std::uint32_t sum[kTile] = {};
-      for (int s = 0; s < only_read; ++s) {
-        const auto* in = reinterpret_cast<const std::uint32_t*>(address[s]) + begin;
-#pragma omp simd
-        for (int i = 0; i < n; ++i) sum[i] ^= in[i];
-      }
-      for (int s = only_read; s < streams; ++s) {
-        auto* out = reinterpret_cast<std::uint32_t*>(address[s]) + begin;
-#pragma omp simd
-        for (int i = 0; i < n; ++i) out[i] ^= sum[i];
-      }
-    }
+void memory_stream(const std::int64_t* read, const std::int64_t* written, int count_written,
+                   std::int64_t words, int threads) {
+  const ChunkKernels& k = kernels();
+  Streams streams{};
+  for (int i = 0; i < 3; ++i) streams.read[i] = reinterpret_cast<const std::uint32_t*>(read[i]);
+  for (int i = 0; i < count_written; ++i)
+    streams.written[i] = reinterpret_cast<std::uint32_t*>(written[i]);
+  sum_over_chunks(Chunks(1, &words), threads, [&](const Chunk& c) {
+    k.stream(streams, c.offset, c.n);
     return 0.0;
   });
 }

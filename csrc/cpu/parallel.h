@@ -17,9 +17,8 @@ double ewc_adamw_step(const AdamwTable& table, const AdamwScalars& scalars,
 
 double grad_norm(std::int64_t tensors, const std::int64_t* numel, const Column& grad, int threads);
 
-// Benchmark floor: moves the bytes of a step and computes nothing. Every stream holds `words`
-// 32-bit words; the last `written` of the `streams` are read and written, the others only read.
-void memory_stream(const std::int64_t* address, int streams, int written, std::int64_t words,
-                   int threads);
+// Benchmark floor: moves the bytes of a step and computes nothing. See Streams in chunk_kernels.h.
+void memory_stream(const std::int64_t* read, const std::int64_t* written, int count_written,
+                   std::int64_t words, int threads);
 
 } // namespace bdu::cpu
