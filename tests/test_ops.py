@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bdu import dispatch, ops, reference
+from bdu import dispatch, native, ops, reference
 
 # numpy, which the interpreter computes with, says so where the kernels shall overflow.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
