@@ -4,7 +4,7 @@
     python bench/step.py --json step.json          and as rows
     python bench/step.py --shapes resnet18 --dtype float32 --optimizer sgd
 
-Every arm steps the same tensors with the same gradients, Fisher and anchor, and produces the value
+Every arm steps like tensors with the same gradients, Fisher and anchor, and produces the value
 of the penalty. The arms take turns inside each round, so that a machine whose speed drifts slows
 all of them alike; the medians over the rounds are compared. Gradients stand ready: what is timed
 is the step and, in the autograd arms, the penalty's own forward and backward.
@@ -70,8 +70,13 @@ SHAPES: dict[str, Callable[[], list[tuple[int, ...]]]] = {
 }
 
 
-class Arm:
-    """One way to step, on tensors of its own."""
+class Shared:
+    """The tensors that every arm reads: at 124 M parameters a set for each would not fit.
+
+    Args:
+        shapes: of the parameters.
+        dtype: of everything.
+    """
 
     def __init__(self, shapes: list[tuple[int, ...]], dtype: torch.dtype) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -80,11 +85,18 @@ class Arm:
             made = [torch.randn(shape, generator=generator) for shape in shapes]
             return [(t.abs() if positive else t).to(dtype) for t in made]
 
-        self.params = [torch.nn.Parameter(t) for t in tensors()]
-        self.grads = tensors()
-        self.fisher = tensors(positive=True)
-        self.anchor = [p.detach().clone() for p in self.params]
-        self.momenta: list[Tensor] = []
+        self.anchor, self.grads, self.fisher = tensors(), tensors(), tensors(positive=True)
+        # Some arms add to the gradients; each gets them fresh, before its time is taken.
+        self.copies = [g.clone() for g in self.grads]
+
+
+class Arm:
+    """One way to step, on parameters and state of its own; what is only read is shared."""
+
+    def __init__(self, shared: Shared) -> None:
+        self.grads, self.fisher, self.anchor = shared.grads, shared.fisher, shared.anchor
+        self.copies = shared.copies
+        self.params = [torch.nn.Parameter(anchor.clone()) for anchor in self.anchor]
 
     def prepare(self) -> None:
         """Put the gradients in place; not timed."""
@@ -105,8 +117,8 @@ class Arm:
 class Fused(Arm):
     """bdu."""
 
-    def __init__(self, name: str, mode: str, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, name: str, mode: str, shared: Shared) -> None:
+        super().__init__(shared)
         settings: dict[str, Any] = {
             "lr": LR,
             "ewc_lambda": LAMBDA,
@@ -125,10 +137,9 @@ class Fused(Arm):
 class Autograd(Arm):
     """The penalty as a loss term, as users write it."""
 
-    def __init__(self, name: str, flags: dict[str, Any], *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, name: str, flags: dict[str, Any], shared: Shared) -> None:
+        super().__init__(shared)
         self.optimizer = self.torch_optimizer(name, **flags)
-        self.copies = [g.clone() for g in self.grads]
 
     def prepare(self) -> None:
         # The backward adds to the gradients, so they have to be fresh in every round.
@@ -147,10 +158,9 @@ class Autograd(Arm):
 class ClosedForm(Arm):
     """The penalty's gradient written down, with the foreach operations."""
 
-    def __init__(self, name: str, flags: dict[str, Any], *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, name: str, flags: dict[str, Any], shared: Shared) -> None:
+        super().__init__(shared)
         self.optimizer = self.torch_optimizer(name, **flags)
-        self.copies = [g.clone() for g in self.grads]
 
     prepare = Autograd.prepare
 
@@ -170,8 +180,8 @@ class ClosedForm(Arm):
 class Compiled(Arm):
     """torch.compile of the closed-form step, written so that Inductor can fuse all of it."""
 
-    def __init__(self, name: str, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, name: str, shared: Shared) -> None:
+        super().__init__(shared)
         self.moments = [torch.zeros_like(p) for p in self.params]
         self.second = [torch.zeros_like(p) for p in self.params] if name == "adamw" else []
         self.count = torch.zeros(())
@@ -231,8 +241,9 @@ def _adamw(
 class Stream(Arm):
     """The floor: the bytes of one step and no arithmetic. SGD 5 streams, 2 written; AdamW 6, 3."""
 
-    def __init__(self, name: str, shapes: list[tuple[int, ...]], dtype: torch.dtype) -> None:
-        elements = sum(torch.Size(shape).numel() for shape in shapes)
+    def __init__(self, name: str, shared: Shared) -> None:
+        elements = sum(t.numel() for t in shared.grads)
+        dtype = shared.grads[0].dtype
         made = [torch.randn(elements + elements % 2).to(dtype) for _ in range(6)]
         self.read, self.written = made[:3], made[3 : 5 if name == "sgd" else 6]
 
@@ -243,28 +254,26 @@ class Stream(Arm):
         native.memory_stream(self.read, self.written)
 
 
-def arms(
-    name: str, shapes: list[tuple[int, ...]], dtype: torch.dtype
-) -> dict[str, Callable[[], Arm]]:
-    """How to make each arm; one is made at a time where memory is short."""
+def arms(name: str, shared: Shared) -> dict[str, Callable[[], Arm]]:
+    """How to make each arm."""
     flags: dict[str, dict[str, Any]] = {
         "for-loop": {"foreach": False},
         "foreach": {"foreach": True},
         "fused": {"fused": True},
     }
     made: dict[str, Callable[[], Arm]] = {
-        "bdu": lambda: Fused(name, "gradient", shapes, dtype),
-        "bdu proximal": lambda: Fused(name, "proximal", shapes, dtype),
+        "bdu": lambda: Fused(name, "gradient", shared),
+        "bdu proximal": lambda: Fused(name, "proximal", shared),
     }
     for flag, given in flags.items():
-        made[f"autograd + {flag}"] = lambda given=given: Autograd(name, given, shapes, dtype)
+        made[f"autograd + {flag}"] = lambda given=given: Autograd(name, given, shared)
     for flag in ("foreach", "fused"):
         given = flags[flag]
-        made[f"closed form + {flag}"] = lambda given=given: ClosedForm(name, given, shapes, dtype)
-    if len(shapes) <= 1000:
+        made[f"closed form + {flag}"] = lambda given=given: ClosedForm(name, given, shared)
+    if len(shared.grads) <= 1000:
         # Ten thousand tensors would make one graph of half a million nodes.
-        made["compiled closed form"] = lambda: Compiled(name, shapes, dtype)
-    made["streaming limit"] = lambda: Stream(name, shapes, dtype)
+        made["compiled closed form"] = lambda: Compiled(name, shared)
+    made["streaming limit"] = lambda: Stream(name, shared)
     return made
 
 
@@ -272,9 +281,9 @@ def measure(
     name: str, shape_name: str, dtype_name: str, rounds: int, wanted: str | None
 ) -> list[dict[str, Any]]:
     """Interleave all arms of one case; one row an arm."""
-    shapes = SHAPES[shape_name]()
+    shared = Shared(SHAPES[shape_name](), DTYPES[dtype_name])
     made: dict[str, Arm] = {}
-    makers = arms(name, shapes, DTYPES[dtype_name])
+    makers = arms(name, shared)
     for arm, make in tqdm(makers.items(), desc=f"{name} {shape_name} {dtype_name}", leave=False):
         if wanted is None or wanted in arm or arm in ("bdu", "streaming limit"):
             made[arm] = make()

@@ -1,10 +1,12 @@
 // The CPU kernels, written once and compiled per instruction set (BDU_ISA). A chunk is walked in
-// tiles that stay in the first-level cache: half-precision columns are converted into a tile of
-// floats and back, float columns are used where they lie, so one loop serves every mix of dtypes.
+// blocks of a few registers, so that arithmetic and conversion hide behind the memory's latency:
+// worked through in larger pieces they would add to it. Columns of one dtype are converted in the
+// loop itself; a mix of dtypes goes through a block of floats, so one loop serves all of them.
 #include "chunk_kernels.h"
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__F16C__)
 #include <immintrin.h>
@@ -18,8 +20,10 @@
 namespace bdu::cpu {
 namespace {
 
-constexpr int kTile = 512;
-constexpr int kLanes = 16; // partial sums; fixed, so that every instruction set adds alike
+constexpr int kBlock = 32;   // elements at a time; one cache line of a half-precision column
+constexpr int kTile = 512;   // elements whose penalty is added in float
+constexpr int kLanes = 16;   // partial sums; fixed, so that every instruction set adds alike
+constexpr int kAhead = 1024; // bytes; hardware prefetch alone loses a fifth with five streams
 
 std::uint32_t bits_of(float value) {
   std::uint32_t bits;
@@ -33,21 +37,14 @@ float float_of(std::uint32_t bits) {
   return value;
 }
 
-void from_bfloat16(const std::uint16_t* in, float* out, int n) {
-#pragma omp simd
-  for (int i = 0; i < n; ++i) out[i] = float_of(std::uint32_t{in[i]} << 16);
-}
+float from_bfloat16(std::uint16_t value) { return float_of(std::uint32_t{value} << 16); }
 
 // Round to nearest even. A NaN keeps its sign and becomes quiet: truncating its payload could
 // leave an infinity behind.
-void to_bfloat16(const float* in, std::uint16_t* out, int n) {
-#pragma omp simd
-  for (int i = 0; i < n; ++i) {
-    const std::uint32_t bits = bits_of(in[i]);
-    const std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    const std::uint32_t quiet = (bits >> 16) | 0x40u;
-    out[i] = static_cast<std::uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
-  }
+std::uint16_t to_bfloat16(float value) {
+  const std::uint32_t bits = bits_of(value);
+  const std::uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  return static_cast<std::uint16_t>((value != value ? bits | 0x400000u : rounded) >> 16);
 }
 
 float half_to_float(std::uint16_t half) {
@@ -94,196 +91,310 @@ void to_float16(const float* in, std::uint16_t* out, int n) {
   for (; i < n; ++i) out[i] = float_to_half(in[i]);
 }
 
-// A column seen as floats, one tile at a time.
-class Tile {
- public:
-  explicit Tile(const View& view) : view_(view) {}
+// How the columns of a chunk are stored: all alike, known to the compiler, or not.
+enum class Stored { float32, bfloat16, mixed };
 
-  float* load(std::int64_t offset, int n) {
-    if (view_.data == nullptr) return buffer_; // never read: the switches say so
-    if (view_.dtype == Dtype::float32) return static_cast<float*>(view_.data) + offset;
-    const auto* in = static_cast<const std::uint16_t*>(view_.data) + offset;
-    view_.dtype == Dtype::bfloat16 ? from_bfloat16(in, buffer_, n) : from_float16(in, buffer_, n);
-    return buffer_;
+Stored stored_as(std::initializer_list<View> columns) {
+  bool all_float32 = true, all_bfloat16 = true;
+  for (const View& view : columns) {
+    if (view.data == nullptr) continue;
+    all_float32 = all_float32 && view.dtype == Dtype::float32;
+    all_bfloat16 = all_bfloat16 && view.dtype == Dtype::bfloat16;
   }
+  return all_float32 ? Stored::float32 : all_bfloat16 ? Stored::bfloat16 : Stored::mixed;
+}
 
+// A column seen as floats, one block at a time: load(), then get() and set(), then store().
+template <Stored stored>
+class Block {
+  using Element = std::conditional_t<stored == Stored::float32, float, std::uint16_t>;
+
+ public:
+  explicit Block(const View& view) : data_(static_cast<Element*>(view.data)) {}
+
+  void load(std::int64_t offset, int) {
+    at_ = data_ + offset;
+    const char* ahead = reinterpret_cast<const char*>(at_) + kAhead;
+    for (std::size_t byte = 0; byte < kBlock * sizeof(Element); byte += 64)
+      __builtin_prefetch(ahead + byte);
+  }
+  float get(int i) const {
+    if constexpr (stored == Stored::float32)
+      return at_[i];
+    else
+      return from_bfloat16(at_[i]);
+  }
+  void set(int i, float value) {
+    if constexpr (stored == Stored::float32)
+      at_[i] = value;
+    else
+      at_[i] = to_bfloat16(value);
+  }
+  void store(std::int64_t, int) {}
+
+ private:
+  Element *data_, *at_ = nullptr;
+};
+
+template <>
+class Block<Stored::mixed> {
+ public:
+  explicit Block(const View& view) : view_(view) {}
+
+  void load(std::int64_t offset, int n) {
+    if (view_.data == nullptr) return; // never read: the switches say so
+    if (view_.dtype == Dtype::float32) {
+      std::memcpy(value_, static_cast<const float*>(view_.data) + offset, n * sizeof(float));
+      return;
+    }
+    const auto* in = static_cast<const std::uint16_t*>(view_.data) + offset;
+    if (view_.dtype == Dtype::float16) return from_float16(in, value_, n);
+#pragma omp simd
+    for (int i = 0; i < n; ++i) value_[i] = from_bfloat16(in[i]);
+  }
+  float get(int i) const { return value_[i]; }
+  void set(int i, float value) { value_[i] = value; }
   void store(std::int64_t offset, int n) {
-    if (view_.data == nullptr || view_.dtype == Dtype::float32) return;
+    if (view_.data == nullptr) return;
+    if (view_.dtype == Dtype::float32) {
+      std::memcpy(static_cast<float*>(view_.data) + offset, value_, n * sizeof(float));
+      return;
+    }
     auto* out = static_cast<std::uint16_t*>(view_.data) + offset;
-    view_.dtype == Dtype::bfloat16 ? to_bfloat16(buffer_, out, n) : to_float16(buffer_, out, n);
+    if (view_.dtype == Dtype::float16) return to_float16(value_, out, n);
+#pragma omp simd
+    for (int i = 0; i < n; ++i) out[i] = to_bfloat16(value_[i]);
   }
 
  private:
   View view_;
-  alignas(64) float buffer_[kTile];
+  alignas(64) float value_[kBlock];
 };
 
-double lane_sum(const float* value, int n) {
-  float lane[kLanes] = {};
-  int i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
+// Adds what is given in a fixed order: in float within a tile and a lane, in double beyond.
+class LaneSum {
+ public:
+  void add(const float* value, int n) {
+    for (int first = 0; first < n; first += kLanes) {
+      const int count = std::min(kLanes, n - first);
 #pragma omp simd
-    for (int l = 0; l < kLanes; ++l) lane[l] += value[i + l];
+      for (int l = 0; l < count; ++l) lane_[l] += value[first + l];
+    }
+    if ((taken_ += n) % kTile == 0) flush();
   }
-  for (int l = 0; i < n; ++i, ++l) lane[l] += value[i];
-  double sum = 0.0;
-  for (float partial : lane) sum += partial;
-  return sum;
+  double total() {
+    flush();
+    return sum_;
+  }
+
+ private:
+  void flush() {
+    double tile = 0.0;
+    for (float& partial : lane_) {
+      tile += partial;
+      partial = 0.0f;
+    }
+    sum_ += tile;
+  }
+
+  alignas(64) float lane_[kLanes] = {};
+  double sum_ = 0.0;
+  std::int64_t taken_ = 0;
+};
+
+// Calls block(offset, n) over [0, n); the compiler knows n for all blocks but the last.
+template <class F>
+BDU_HD void for_each_block(std::int64_t n, const F& block) {
+  std::int64_t offset = 0;
+  for (; offset + kBlock <= n; offset += kBlock)
+    block(offset, std::integral_constant<int, kBlock>{});
+  if (offset < n) block(offset, static_cast<int>(n - offset));
 }
 
-template <Pull pull, bool has_momentum, bool nesterov, bool update_fisher>
+template <Stored stored, Pull pull, bool has_momentum, bool nesterov, bool update_fisher>
 double ewc_sgd_chunk(const SgdChunk& chunk, const SgdScalars& scalars) {
-  Tile param(chunk.param), grad(chunk.grad), momentum_buffer(chunk.momentum_buffer),
+  Block<stored> param(chunk.param), grad(chunk.grad), momentum_buffer(chunk.momentum_buffer),
       fisher(chunk.fisher), anchor(chunk.anchor);
-  alignas(64) float contribution[kTile];
+  constexpr bool has_pull = pull != Pull::none;
   const SgdScalars s = scalars;
-  double penalty = 0.0;
-  for (std::int64_t offset = 0; offset < chunk.n; offset += kTile) {
-    const int n = static_cast<int>(std::min<std::int64_t>(kTile, chunk.n - offset));
-    float* __restrict p = param.load(offset, n);
-    const float* __restrict g = grad.load(offset, n);
-    float* __restrict m = has_momentum ? momentum_buffer.load(offset, n) : nullptr;
-    float* __restrict f = pull != Pull::none || update_fisher ? fisher.load(offset, n) : nullptr;
-    const float* __restrict a = pull != Pull::none ? anchor.load(offset, n) : nullptr;
+  LaneSum penalty;
+  for_each_block(chunk.n, [&](std::int64_t offset, auto n) {
+    alignas(64) float contribution[kBlock];
+    param.load(offset, n);
+    grad.load(offset, n);
+    if (has_momentum) momentum_buffer.load(offset, n);
+    if (has_pull || update_fisher) fisher.load(offset, n);
+    if (has_pull) anchor.load(offset, n);
 #pragma omp simd
     for (int i = 0; i < n; ++i) {
-      const float drift = pull != Pull::none ? p[i] - a[i] : 0.0f;
-      const float curvature = pull != Pull::none ? f[i] : 0.0f;
-      if (pull != Pull::none) contribution[i] = curvature * drift * drift;
-      float momentum = has_momentum ? m[i] : 0.0f;
-      const float direction = pulled_gradient<pull>(g[i], drift, curvature, s.pull);
-      float next = sgd_update<pull, has_momentum, nesterov>(p[i], direction, momentum, s);
-      if (pull == Pull::proximal) next = proximal_pull(next, curvature, a[i], s.pull);
-      if (update_fisher) f[i] = running_fisher(f[i], g[i], s.pull);
-      if (has_momentum) m[i] = momentum;
-      p[i] = next;
+      const float p = param.get(i), g = grad.get(i);
+      const float a = has_pull ? anchor.get(i) : 0.0f;
+      const float f = has_pull || update_fisher ? fisher.get(i) : 0.0f;
+      const float drift = p - a;
+      if (has_pull) contribution[i] = f * drift * drift;
+      float momentum = has_momentum ? momentum_buffer.get(i) : 0.0f;
+      const float direction = pulled_gradient<pull>(g, drift, f, s.pull);
+      float next = sgd_update<pull, has_momentum, nesterov>(p, direction, momentum, s);
+      if (pull == Pull::proximal) next = proximal_pull(next, f, a, s.pull);
+      if (update_fisher) fisher.set(i, running_fisher(f, g, s.pull));
+      if (has_momentum) momentum_buffer.set(i, momentum);
+      param.set(i, next);
     }
-    if (pull != Pull::none) penalty += lane_sum(contribution, n);
+    if (has_pull) penalty.add(contribution, n);
     param.store(offset, n);
     if (has_momentum) momentum_buffer.store(offset, n);
     if (update_fisher) fisher.store(offset, n);
-  }
-  return penalty;
+  });
+  return penalty.total();
 }
 
-template <Pull pull, bool update_fisher>
+template <Stored stored, Pull pull, bool update_fisher>
 double ewc_adamw_chunk(const AdamwChunk& chunk, const AdamwScalars& scalars) {
-  Tile param(chunk.param), grad(chunk.grad), exp_avg(chunk.exp_avg), exp_avg_sq(chunk.exp_avg_sq),
-      fisher(chunk.fisher), anchor(chunk.anchor);
-  alignas(64) float contribution[kTile];
+  Block<stored> param(chunk.param), grad(chunk.grad), exp_avg(chunk.exp_avg),
+      exp_avg_sq(chunk.exp_avg_sq), fisher(chunk.fisher), anchor(chunk.anchor);
+  constexpr bool has_pull = pull != Pull::none;
   const AdamwScalars s = scalars;
-  double penalty = 0.0;
-  for (std::int64_t offset = 0; offset < chunk.n; offset += kTile) {
-    const int n = static_cast<int>(std::min<std::int64_t>(kTile, chunk.n - offset));
-    float* __restrict p = param.load(offset, n);
-    const float* __restrict g = grad.load(offset, n);
-    float* __restrict m = exp_avg.load(offset, n);
-    float* __restrict v = exp_avg_sq.load(offset, n);
-    float* __restrict f = pull != Pull::none || update_fisher ? fisher.load(offset, n) : nullptr;
-    const float* __restrict a = pull != Pull::none ? anchor.load(offset, n) : nullptr;
+  LaneSum penalty;
+  for_each_block(chunk.n, [&](std::int64_t offset, auto n) {
+    alignas(64) float contribution[kBlock];
+    param.load(offset, n);
+    grad.load(offset, n);
+    exp_avg.load(offset, n);
+    exp_avg_sq.load(offset, n);
+    if (has_pull || update_fisher) fisher.load(offset, n);
+    if (has_pull) anchor.load(offset, n);
 #pragma omp simd
     for (int i = 0; i < n; ++i) {
-      const float drift = pull != Pull::none ? p[i] - a[i] : 0.0f;
-      const float curvature = pull != Pull::none ? f[i] : 0.0f;
-      if (pull != Pull::none) contribution[i] = curvature * drift * drift;
-      const float direction = pulled_gradient<pull>(g[i], drift, curvature, s.pull);
-      float first = m[i], second = v[i];
-      float next = adamw_update(p[i], direction, first, second, s);
-      if (pull == Pull::proximal) next = proximal_pull(next, curvature, a[i], s.pull);
-      if (update_fisher) f[i] = running_fisher(f[i], g[i], s.pull);
-      m[i] = first;
-      v[i] = second;
-      p[i] = next;
+      const float p = param.get(i), g = grad.get(i);
+      const float a = has_pull ? anchor.get(i) : 0.0f;
+      const float f = has_pull || update_fisher ? fisher.get(i) : 0.0f;
+      const float drift = p - a;
+      if (has_pull) contribution[i] = f * drift * drift;
+      float first = exp_avg.get(i), second = exp_avg_sq.get(i);
+      const float direction = pulled_gradient<pull>(g, drift, f, s.pull);
+      float next = adamw_update(p, direction, first, second, s);
+      if (pull == Pull::proximal) next = proximal_pull(next, f, a, s.pull);
+      if (update_fisher) fisher.set(i, running_fisher(f, g, s.pull));
+      exp_avg.set(i, first);
+      exp_avg_sq.set(i, second);
+      param.set(i, next);
     }
-    if (pull != Pull::none) penalty += lane_sum(contribution, n);
+    if (has_pull) penalty.add(contribution, n);
     param.store(offset, n);
     exp_avg.store(offset, n);
     exp_avg_sq.store(offset, n);
     if (update_fisher) fisher.store(offset, n);
-  }
-  return penalty;
+  });
+  return penalty.total();
 }
 
-template <Pull pull, bool update_fisher>
+template <Stored stored, Pull pull, bool update_fisher>
 double ewc_sgd_with_momentum(const SgdChunk& chunk, const SgdScalars& s, const Switches& on) {
-  if (!on.has_momentum) return ewc_sgd_chunk<pull, false, false, update_fisher>(chunk, s);
-  if (!on.nesterov) return ewc_sgd_chunk<pull, true, false, update_fisher>(chunk, s);
-  return ewc_sgd_chunk<pull, true, true, update_fisher>(chunk, s);
+  if (!on.has_momentum) return ewc_sgd_chunk<stored, pull, false, false, update_fisher>(chunk, s);
+  if (!on.nesterov) return ewc_sgd_chunk<stored, pull, true, false, update_fisher>(chunk, s);
+  return ewc_sgd_chunk<stored, pull, true, true, update_fisher>(chunk, s);
 }
 
-template <Pull pull>
+template <Stored stored, Pull pull>
 double ewc_sgd_with_pull(const SgdChunk& chunk, const SgdScalars& s, const Switches& on) {
-  return on.update_fisher ? ewc_sgd_with_momentum<pull, true>(chunk, s, on)
-                          : ewc_sgd_with_momentum<pull, false>(chunk, s, on);
+  return on.update_fisher ? ewc_sgd_with_momentum<stored, pull, true>(chunk, s, on)
+                          : ewc_sgd_with_momentum<stored, pull, false>(chunk, s, on);
 }
 
-template <Pull pull>
-double ewc_adamw_with_pull(const AdamwChunk& chunk, const AdamwScalars& s, const Switches& on) {
-  return on.update_fisher ? ewc_adamw_chunk<pull, true>(chunk, s)
-                          : ewc_adamw_chunk<pull, false>(chunk, s);
-}
-
-double ewc_sgd(const SgdChunk& chunk, const SgdScalars& s, const Switches& on) {
+template <Stored stored>
+double ewc_sgd_stored(const SgdChunk& chunk, const SgdScalars& s, const Switches& on) {
   switch (on.pull) {
-    case Pull::gradient: return ewc_sgd_with_pull<Pull::gradient>(chunk, s, on);
-    case Pull::proximal: return ewc_sgd_with_pull<Pull::proximal>(chunk, s, on);
-    default: return ewc_sgd_with_pull<Pull::none>(chunk, s, on);
+    case Pull::gradient: return ewc_sgd_with_pull<stored, Pull::gradient>(chunk, s, on);
+    case Pull::proximal: return ewc_sgd_with_pull<stored, Pull::proximal>(chunk, s, on);
+    default: return ewc_sgd_with_pull<stored, Pull::none>(chunk, s, on);
   }
 }
 
-double ewc_adamw(const AdamwChunk& chunk, const AdamwScalars& s, const Switches& on) {
+template <Stored stored, Pull pull>
+double ewc_adamw_with_pull(const AdamwChunk& chunk, const AdamwScalars& s, const Switches& on) {
+  return on.update_fisher ? ewc_adamw_chunk<stored, pull, true>(chunk, s)
+                          : ewc_adamw_chunk<stored, pull, false>(chunk, s);
+}
+
+template <Stored stored>
+double ewc_adamw_stored(const AdamwChunk& chunk, const AdamwScalars& s, const Switches& on) {
   switch (on.pull) {
-    case Pull::gradient: return ewc_adamw_with_pull<Pull::gradient>(chunk, s, on);
-    case Pull::proximal: return ewc_adamw_with_pull<Pull::proximal>(chunk, s, on);
-    default: return ewc_adamw_with_pull<Pull::none>(chunk, s, on);
+    case Pull::gradient: return ewc_adamw_with_pull<stored, Pull::gradient>(chunk, s, on);
+    case Pull::proximal: return ewc_adamw_with_pull<stored, Pull::proximal>(chunk, s, on);
+    default: return ewc_adamw_with_pull<stored, Pull::none>(chunk, s, on);
+  }
+}
+
+double ewc_sgd(const SgdChunk& c, const SgdScalars& s, const Switches& on) {
+  switch (stored_as({c.param, c.grad, c.momentum_buffer, c.fisher, c.anchor})) {
+    case Stored::float32: return ewc_sgd_stored<Stored::float32>(c, s, on);
+    case Stored::bfloat16: return ewc_sgd_stored<Stored::bfloat16>(c, s, on);
+    default: return ewc_sgd_stored<Stored::mixed>(c, s, on);
+  }
+}
+
+double ewc_adamw(const AdamwChunk& c, const AdamwScalars& s, const Switches& on) {
+  switch (stored_as({c.param, c.grad, c.exp_avg, c.exp_avg_sq, c.fisher, c.anchor})) {
+    case Stored::float32: return ewc_adamw_stored<Stored::float32>(c, s, on);
+    case Stored::bfloat16: return ewc_adamw_stored<Stored::bfloat16>(c, s, on);
+    default: return ewc_adamw_stored<Stored::mixed>(c, s, on);
   }
 }
 
 // Squares in double: a float would overflow from |g| = 1.8e19 on and lose what is below 1e-23.
-double square_sum(const View& view, std::int64_t numel) {
-  Tile tile(view);
-  double sum = 0.0;
-  for (std::int64_t offset = 0; offset < numel; offset += kTile) {
-    const int n = static_cast<int>(std::min<std::int64_t>(kTile, numel - offset));
-    const float* __restrict value = tile.load(offset, n);
-    double lane[kLanes] = {};
-    int i = 0;
-    for (; i + kLanes <= n; i += kLanes) {
+template <Stored stored>
+double square_sum_stored(const View& view, std::int64_t numel) {
+  Block<stored> column(view);
+  alignas(64) double lane[kLanes] = {};
+  for_each_block(numel, [&](std::int64_t offset, auto n) {
+    column.load(offset, n);
+    for (int first = 0; first < n; first += kLanes) {
+      const int count = std::min<int>(kLanes, n - first);
 #pragma omp simd
-      for (int l = 0; l < kLanes; ++l) {
-        const double wide = value[i + l];
+      for (int l = 0; l < count; ++l) {
+        const double wide = column.get(first + l);
         lane[l] += wide * wide;
       }
     }
-    for (int l = 0; i < n; ++i, ++l) lane[l] += double{value[i]} * double{value[i]};
-    for (double partial : lane) sum += partial;
-  }
+  });
+  double sum = 0.0;
+  for (double partial : lane) sum += partial;
   return sum;
 }
 
-void stream(const Streams& streams, std::int64_t offset, std::int64_t n) {
-  const std::uint32_t* __restrict a = streams.read[0] + offset;
-  const std::uint32_t* __restrict b = streams.read[1] + offset;
-  const std::uint32_t* __restrict c = streams.read[2] + offset;
-  std::uint32_t* __restrict x = streams.written[0] + offset;
-  std::uint32_t* __restrict y = streams.written[1] + offset;
-  if (streams.written[2] == nullptr) {
-#pragma omp simd
-    for (std::int64_t i = 0; i < n; ++i) {
-      const std::uint32_t word = a[i] ^ b[i] ^ c[i];
-      x[i] ^= word;
-      y[i] ^= word;
+double square_sum(const View& view, std::int64_t numel) {
+  switch (stored_as({view})) {
+    case Stored::float32: return square_sum_stored<Stored::float32>(view, numel);
+    case Stored::bfloat16: return square_sum_stored<Stored::bfloat16>(view, numel);
+    default: return square_sum_stored<Stored::mixed>(view, numel);
+  }
+}
+
+template <int count_written>
+void stream_words(const Streams& streams, std::int64_t start, std::int64_t words) {
+  for_each_block(words, [&](std::int64_t offset, auto n) {
+    const std::uint32_t *a = streams.read[0] + start + offset,
+                        *b = streams.read[1] + start + offset,
+                        *c = streams.read[2] + start + offset;
+    std::uint32_t* out[3];
+    for (int k = 0; k < count_written; ++k) out[k] = streams.written[k] + start + offset;
+    for (int ahead = kAhead / 4; ahead < kAhead / 4 + kBlock; ahead += 16) {
+      __builtin_prefetch(a + ahead);
+      __builtin_prefetch(b + ahead);
+      __builtin_prefetch(c + ahead);
+      for (int k = 0; k < count_written; ++k) __builtin_prefetch(out[k] + ahead);
     }
-    return;
-  }
-  std::uint32_t* __restrict z = streams.written[2] + offset;
 #pragma omp simd
-  for (std::int64_t i = 0; i < n; ++i) {
-    const std::uint32_t word = a[i] ^ b[i] ^ c[i];
-    x[i] ^= word;
-    y[i] ^= word;
-    z[i] ^= word;
-  }
+    for (int i = 0; i < n; ++i) {
+      const std::uint32_t word = a[i] ^ b[i] ^ c[i];
+      for (int k = 0; k < count_written; ++k) out[k][i] ^= word;
+    }
+  });
+}
+
+void stream(const Streams& streams, std::int64_t offset, std::int64_t n) {
+  streams.written[2] == nullptr ? stream_words<2>(streams, offset, n)
+                                : stream_words<3>(streams, offset, n);
 }
 
 } // namespace
