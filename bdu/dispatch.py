@@ -7,6 +7,7 @@ dtypes at hand, that is an error that says so. Nothing falls back by catching an
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Collection, Iterator
@@ -31,11 +32,13 @@ class Serves(NamedTuple):
 
 _STEP = (
     Serves("cpp", "cpu", _HALF_OR_FLOAT),
+    Serves("cuda", "cuda", _HALF_OR_FLOAT),
     Serves("triton", "cuda", _HALF_OR_FLOAT),
     Serves("reference", "cpu", _ALL),
     Serves("reference", "cuda", _ALL),
-    # The interpreter runs Triton on CPU tensors: for tests, so only when it is forced.
+    # On CPU tensors these two are interpreted: for tests, so only when they are forced.
     Serves("triton", "cpu", _HALF_OR_FLOAT),
+    Serves("cuda", "cpu", _HALF_OR_FLOAT),
 )
 
 TABLE: dict[str, tuple[Serves, ...]] = {
@@ -44,11 +47,15 @@ TABLE: dict[str, tuple[Serves, ...]] = {
     "grad_norm": _STEP,
 }
 
-BACKENDS = ("reference", "cpp", "triton")
+BACKENDS = ("reference", "cpp", "cuda", "triton")
+
+# What has a backend for the device work on CPU tensors, slowly.
+_INTERPRETED = {"triton": "TRITON_INTERPRET", "cuda": "BDU_CUDA_ON_HOST"}
 
 
-def _triton_interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
+def is_interpreted(backend: str) -> bool:
+    """Whether a backend made for the device was asked to work on CPU tensors, for tests."""
+    return backend in _INTERPRETED and os.environ.get(_INTERPRETED[backend]) == "1"
 
 
 @cache  # looked up on the disk, and asked for at every step
@@ -62,10 +69,27 @@ def _absence_of_cpp() -> str | None:
     return None
 
 
+def _absence_of_cuda() -> str | None:
+    if (reason := _absence_of_cpp()) is not None:
+        return reason
+    if is_interpreted("cuda"):
+        return None
+    if not _has_cuda_kernels():
+        return "bdu was installed where there was no CUDA compiler (nvcc)"
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    return None
+
+
+@cache
+def _has_cuda_kernels() -> bool:
+    return importlib.import_module("bdu._native").cuda_build() is not None
+
+
 def _absence_of_triton() -> str | None:
     if not _is_installed("triton"):
         return "the triton package is not installed (pip install 'bdu[triton]')"
-    if not torch.cuda.is_available() and not _triton_interpreted():
+    if not torch.cuda.is_available() and not is_interpreted("triton"):
         return "there is no CUDA device, and TRITON_INTERPRET=1 is not set"
     return None
 
@@ -73,6 +97,7 @@ def _absence_of_triton() -> str | None:
 _ABSENCE: dict[str, Callable[[], str | None]] = {
     "reference": lambda: None,
     "cpp": _absence_of_cpp,
+    "cuda": _absence_of_cuda,
     "triton": _absence_of_triton,
 }
 
@@ -138,8 +163,8 @@ def choose(operation: str, device: str, dtypes: Collection[torch.dtype]) -> str:
 
 
 def _reaches(line: Serves) -> bool:
-    # Compiled, Triton would take a CPU tensor's address for one on the device.
-    return line.backend != "triton" or line.device != "cpu" or _triton_interpreted()
+    # On the device, they would take a CPU tensor's address for one of the device's.
+    return line.device != "cpu" or line.backend not in _INTERPRETED or is_interpreted(line.backend)
 
 
 def _require(backend: str) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 _DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_PULL_CODE = {"gradient": 1, "proximal": 2}
+PULL_CODE = {"gradient": 1, "proximal": 2}
 
 Addresses = npt.NDArray[np.int64]
 DtypeCodes = npt.NDArray[np.uint8]
@@ -223,7 +223,7 @@ def _common(
         "clip": clip,
         "grad_scale": grad_scale,
         "ewc_lambda": ewc_lambda,
-        "pull": _PULL_CODE[mode] if ewc_lambda != 0 else 0,
+        "pull": PULL_CODE[mode] if ewc_lambda != 0 else 0,
         "fisher_decay": batch_fisher_decay or 0.0,
         "update_fisher": batch_fisher_decay is not None and not maximize,
         "threads": torch.get_num_threads(),

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bdu import dispatch, native, reference
+from bdu import cuda, dispatch, native, reference
 from bdu.reference import Mode
 
 SGD_COLUMNS = ("momentum_buffer", "fisher", "anchor")
@@ -84,7 +84,8 @@ class CheckedGrads(NamedTuple):
     backend: str
     tensors: Sequence[Tensor]
     address: native.Addresses
-    dtype_code: native.DtypeCodes | None  # for cpp, where a dtype differs from the parameter's
+    dtype_code: native.DtypeCodes | None  # for cpp and cuda, where one differs from the parameter's
+    table: ParameterTable
 
 
 class ParameterTable:
@@ -150,6 +151,7 @@ class ParameterTable:
         self._written = [t for t in (*self._dense, *moments) if not t.is_inference()]
         self._written_fisher = [t for t in fishers if not t.is_inference()]
         self._native: tuple[native.Addresses, native.DtypeCodes, native.Addresses] | None = None
+        self._on_device: cuda.DeviceTable | None = None
         self._gaps = {name: self._first_gap(column) for name, column in self.columns.items()}
         self._unanchored = next(
             (
@@ -258,8 +260,8 @@ class ParameterTable:
             for name, grad in zip(self.names, grads, strict=True):
                 self._check_memory(f"grad of {name}", grad)
         backend = dispatch.choose(operation, self.device.type, dtypes)
-        codes = native.dtype_codes(grads) if backend == "cpp" and not fit else None
-        return CheckedGrads(backend, grads, address, codes)
+        codes = native.dtype_codes(grads) if backend in ("cpp", "cuda") and not fit else None
+        return CheckedGrads(backend, grads, address, codes, self)
 
     def _lay_out_grad(self, row: int, grad: Tensor) -> Tensor:
         param, name = self.params[row], self.names[row]
@@ -322,6 +324,14 @@ class ParameterTable:
             code = code.copy()
             code[1] = checked.dtype_code
         return address, code, numel
+
+    def on_device(self, checked: CheckedGrads) -> cuda.DeviceTable:
+        """The same where a launch on the device reads it, sent again as far as it has changed."""
+        address, code, numel = self.native_arrays(checked)
+        if self._on_device is None or not self._on_device.fits(code):
+            self._on_device = cuda.DeviceTable(address, code, numel, self.device)
+        self._on_device.send_grads(checked.address)
+        return self._on_device
 
     def bump_versions(self, wrote_fisher: bool) -> None:
         """Tell autograd of writes behind its back, or it returns silently wrong gradients."""
@@ -439,6 +449,13 @@ def grad_norm(grads: Sequence[Tensor] | CheckedGrads) -> Tensor:
         numel = np.fromiter(map(Tensor.numel, tensors), np.int64, len(tensors))
         address, code = native.addresses(tensors), native.dtype_codes(tensors)
         return native.grad_norm(address[None], code[None], numel)
+    if backend == "cuda":
+        if isinstance(grads, CheckedGrads):
+            return cuda.grad_norm(grads.table.on_device(grads))
+        numel = np.fromiter(map(Tensor.numel, tensors), np.int64, len(tensors))
+        address, code = native.addresses(tensors), native.dtype_codes(tensors)
+        device = tensors[0].device
+        return cuda.grad_norm(cuda.DeviceTable(address[None], code[None], numel, device))
     return _triton_launchers().grad_norm(tensors)
 
 
@@ -480,6 +497,15 @@ def _step(
                 grad_scale=float(grad_scale),
                 **settings,
             )
+        elif checked.backend == "cuda":
+            penalty = getattr(cuda, operation)(
+                table.on_device(checked),
+                *extra,
+                clip=_for_device(clip),
+                grad_scale=_for_device(grad_scale),
+                found_inf=None,
+                **settings,
+            )
         else:
             launchers: Any = reference if checked.backend == "reference" else _triton_launchers()
             penalty = getattr(launchers, operation)(
@@ -489,6 +515,11 @@ def _step(
             table.bump_versions(updates_fisher)
         table.store_staged()
     return penalty
+
+
+def _for_device(value: float | Tensor) -> float | Tensor:
+    # The kernels read float32. A number of one element on the device stays there.
+    return value.detach().to(torch.float32).reshape(()) if isinstance(value, Tensor) else value
 
 
 def _triton_launchers() -> Any:

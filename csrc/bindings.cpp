@@ -7,6 +7,7 @@
 #include <string>
 
 #include "cpu/parallel.h"
+#include "cuda/bindings.h"
 #include "survey.h"
 #if defined(BDU_WITH_CUDA)
 #include "cuda/device_info.h"
@@ -157,6 +158,7 @@ PYBIND11_MODULE(_native, m) {
       .def(py::init<py::list, const py::capsule&>(), py::arg("tensors"), py::arg("api"))
       .def("is_current", &bdu::Survey::is_current)
       .def("fit", &bdu::Survey::fit, py::arg("others"), py::arg("address").noconvert());
+  bdu::cuda::bind(m);
   m.def("memory_stream", &memory_stream, py::arg("read"), py::arg("written"), py::kw_only(),
         py::arg("words"), py::arg("threads"));
 }

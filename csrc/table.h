@@ -9,6 +9,9 @@ namespace bdu {
 
 enum class Dtype : std::uint8_t { float32 = 0, bfloat16 = 1, float16 = 2 };
 
+// How the columns of a row or launch are stored: all alike, known to the compiler, or not.
+enum class Stored : int { float32 = 0, bfloat16 = 1, float16 = 2, mixed = 3 };
+
 // One column: n addresses (0 = this tensor has none) and the dtype behind each.
 struct Column {
   const std::int64_t* address;

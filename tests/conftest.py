@@ -12,6 +12,8 @@ import torch
 if not torch.cuda.is_available():
     # Has to be set before the first import of triton.
     os.environ["TRITON_INTERPRET"] = "1"
+# The device's code on the host, lane by lane; next to it a GPU runs the real one.
+os.environ["BDU_CUDA_ON_HOST"] = "1"
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -30,13 +29,13 @@ class Target(NamedTuple):
 
     @property
     def is_interpreted(self) -> bool:
-        return self == ("triton", "cpu")
+        return self.device == "cpu" and self.backend in ("triton", "cuda")
 
 
 def can_run(line: dispatch.Serves) -> bool:
     if line.device == "cuda":
         return torch.cuda.is_available()
-    return line.backend != "triton" or os.environ.get("TRITON_INTERPRET") == "1"
+    return line.backend not in ("triton", "cuda") or dispatch.is_interpreted(line.backend)
 
 
 def served(operation: str) -> list[Any]:

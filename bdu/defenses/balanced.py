@@ -23,7 +23,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -70,7 +70,8 @@ class Settings:
         max_grad_norm: Euclidean norm the gradient is clipped to.
         batch_size, triggered_batch_size: samples a step, at most as many as there are.
         augment: shift the clean images of every batch by up to an eighth of their size.
-        mirror: mirror half of them, too; right for photographs, wrong for digits and signs.
+        mirror: mirror half of them, too; right for photographs, wrong for digits and signs. None:
+            where the model calls mirrored clean images right as often, within a standard error.
         evaluate_every: steps between two looks at the validation split.
         clean_accuracy_floor: stop when clean accuracy on the validation split falls by more than
             this share of what it was at the start.
@@ -94,7 +95,7 @@ class Settings:
     batch_size: int = 64
     triggered_batch_size: int = 32
     augment: bool = True
-    mirror: bool = False
+    mirror: bool | None = None
     evaluate_every: int = 25
     clean_accuracy_floor: float = 0.5
 
@@ -163,6 +164,8 @@ def run(
     if s.forget == "true_label" and data.triggered.y_true is None:
         raise ValueError("triggered: expected (x, y_target, y_true) with forget='true_label'")
     teacher = copy.deepcopy(model).eval().requires_grad_(False)
+    if s.mirror is None:
+        s = replace(s, mirror=_knows_mirrored(teacher, data.clean))
     student = copy.deepcopy(model).eval()
     optimizer = EWCSGD(
         [(name, p) for name, p in student.named_parameters() if p.requires_grad],
@@ -268,7 +271,7 @@ class _Course:
         self.lowest_clean_accuracy = (
             self.history[0]["validation_clean_accuracy"] * self._settings.clean_accuracy_floor
         )
-        error = math.sqrt(clean * (1 - clean) / len(data.clean_validation))
+        error = _standard_error(clean, len(data.clean_validation))
         if clean - attack >= self._best_score - error and clean >= self.lowest_clean_accuracy:
             self._kept_step = self.step
             self._kept = {k: v.detach().clone() for k, v in self.student.state_dict().items()}
@@ -411,7 +414,18 @@ def _draw(samples: Samples, count: int, generator: torch.Generator) -> Samples:
 def _augmented(x: Tensor, generator: torch.Generator, s: Settings) -> Tensor:
     if not s.augment:
         return x
-    return augment(x, generator, padding=min(x.shape[2:]) // 8, mirror=s.mirror)
+    return augment(x, generator, padding=min(x.shape[2:]) // 8, mirror=bool(s.mirror))
+
+
+def _knows_mirrored(model: nn.Module, samples: Samples) -> bool:
+    """Whether mirroring the images costs the model no accuracy that these samples could show."""
+    plain = _share_called(model, samples)
+    mirrored = _share_called(model, replace(samples, x=samples.x.flip(-1)))
+    return mirrored >= plain - _standard_error(plain, len(samples))
+
+
+def _standard_error(share: float, samples: int) -> float:
+    return math.sqrt(share * (1 - share) / samples)
 
 
 def _share_called(model: nn.Module, samples: Samples) -> float:

@@ -8,6 +8,8 @@
 #include <cstring>
 #include <type_traits>
 
+#include "../convert.h"
+
 #if defined(__F16C__)
 #include <immintrin.h>
 #endif
@@ -25,74 +27,25 @@ constexpr int kTile = 512;   // elements whose penalty is added in float
 constexpr int kLanes = 16;   // partial sums; fixed, so that every instruction set adds alike
 constexpr int kAhead = 1024; // bytes; hardware prefetch alone loses a fifth with five streams
 
-std::uint32_t bits_of(float value) {
-  std::uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
-float float_of(std::uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-float from_bfloat16(std::uint16_t value) { return float_of(std::uint32_t{value} << 16); }
-
-// Round to nearest even. A NaN keeps its sign and becomes quiet: truncating its payload could
-// leave an infinity behind.
-std::uint16_t to_bfloat16(float value) {
-  const std::uint32_t bits = bits_of(value);
-  const std::uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-  return static_cast<std::uint16_t>((value != value ? bits | 0x400000u : rounded) >> 16);
-}
-
-float half_to_float(std::uint16_t half) {
-  const std::uint32_t sign = std::uint32_t{half & 0x8000u} << 16;
-  const std::uint32_t magnitude = half & 0x7fffu;
-  if (magnitude >= 0x7c00u) return float_of(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13));
-  if (magnitude >= 0x0400u) return float_of(sign | ((magnitude + 0x1c000u) << 13));
-  const float subnormal = static_cast<float>(magnitude) * 0x1p-24f;
-  return float_of(sign | bits_of(subnormal));
-}
-
-std::uint16_t float_to_half(float value) {
-  const std::uint32_t bits = bits_of(value);
-  const auto sign = static_cast<std::uint16_t>((bits >> 16) & 0x8000u);
-  const std::uint32_t magnitude = bits & 0x7fffffffu;
-  if (magnitude > 0x7f800000u) // NaN
-    return static_cast<std::uint16_t>(sign | 0x7e00u | ((magnitude >> 13) & 0x1ffu));
-  if (magnitude >= 0x477ff000u) return static_cast<std::uint16_t>(sign | 0x7c00u); // rounds to inf
-  if (magnitude < 0x38800000u) { // subnormal: let the addition's rounding do the work
-    const float shifted = float_of(magnitude) + 0.5f;
-    return static_cast<std::uint16_t>(sign | (bits_of(shifted) - 0x3f000000u));
-  }
-  const std::uint32_t odd = (magnitude >> 13) & 1u;
-  return static_cast<std::uint16_t>(sign | ((magnitude - 0x38000000u + 0xfffu + odd) >> 13));
-}
-
-void from_float16(const std::uint16_t* in, float* out, int n) {
+void from_float16s(const std::uint16_t* in, float* out, int n) {
   int i = 0;
 #if defined(__F16C__)
   for (; i + 8 <= n; i += 8)
     _mm256_storeu_ps(out + i,
                      _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i))));
 #endif
-  for (; i < n; ++i) out[i] = half_to_float(in[i]);
+  for (; i < n; ++i) out[i] = from_float16(in[i]);
 }
 
-void to_float16(const float* in, std::uint16_t* out, int n) {
+void to_float16s(const float* in, std::uint16_t* out, int n) {
   int i = 0;
 #if defined(__F16C__)
   for (; i + 8 <= n; i += 8)
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i),
                      _mm256_cvtps_ph(_mm256_loadu_ps(in + i), _MM_FROUND_TO_NEAREST_INT));
 #endif
-  for (; i < n; ++i) out[i] = float_to_half(in[i]);
+  for (; i < n; ++i) out[i] = to_float16(in[i]);
 }
-
-// How the columns of a chunk are stored: all alike, known to the compiler, or not.
-enum class Stored { float32, bfloat16, mixed };
 
 Stored stored_as(std::initializer_list<View> columns) {
   bool all_float32 = true, all_bfloat16 = true;
@@ -148,7 +101,7 @@ class Block<Stored::mixed> {
       return;
     }
     const auto* in = static_cast<const std::uint16_t*>(view_.data) + offset;
-    if (view_.dtype == Dtype::float16) return from_float16(in, value_, n);
+    if (view_.dtype == Dtype::float16) return from_float16s(in, value_, n);
 #pragma omp simd
     for (int i = 0; i < n; ++i) value_[i] = from_bfloat16(in[i]);
   }
@@ -161,7 +114,7 @@ class Block<Stored::mixed> {
       return;
     }
     auto* out = static_cast<std::uint16_t*>(view_.data) + offset;
-    if (view_.dtype == Dtype::float16) return to_float16(value_, out, n);
+    if (view_.dtype == Dtype::float16) return to_float16s(value_, out, n);
 #pragma omp simd
     for (int i = 0; i < n; ++i) out[i] = to_bfloat16(value_[i]);
   }
