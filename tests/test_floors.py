@@ -33,6 +33,7 @@ FLOORS = {
     "bdu.ops": 1,
     "bdu.reference": 0,
     "bdu.native": 0,
+    "bdu.cuda": 0,
     "bdu.dispatch": 0,
     "bdu.kernels.": 0,
 }

@@ -49,10 +49,11 @@ class Settings:
     """The knobs of the balanced method; the defaults are meant to be left alone.
 
     Attributes:
-        forget: what is descended on triggered samples. "unlikelihood": softplus(ℓ) with ℓ the
-            target's log-odds, full slope at the start and none at the end. "cross_entropy": the
-            paper's ascent, −min(CE, ceiling). "true_label": CE with the true class, which the
-            defender then has to give.
+        forget: what is descended on triggered samples. "true_label": CE with the true class, which
+            the defender has to give. "unlikelihood": softplus(ℓ) with ℓ the target's log-odds, full
+            slope at the start and none at the end. "cross_entropy": the paper's ascent,
+            −min(CE, ceiling). None: "true_label" where the true classes are given, else
+            "unlikelihood".
         triggered_weight: w, the weight of that loss.
         ceiling: where "cross_entropy" stops ascending, in nats; None is 2 ln(classes).
         radius: ρ ≥ 0. That loss is descended with its gradient at θ + ρ ∇/‖∇‖, towards the backdoor
@@ -77,13 +78,13 @@ class Settings:
             this share of what it was at the start.
     """
 
-    forget: Forget = "unlikelihood"
-    triggered_weight: float = 1.0
+    forget: Forget | None = None
+    triggered_weight: float = 0.2
     ceiling: float | None = None
     fisher: FisherKind = "contrastive"
     gamma: float = 10.0
     fisher_samples: int = 2000
-    ewc_lambda: float = 3.0
+    ewc_lambda: float = 10.0
     radius: float = 0.5
     distillation: float = 0.8
     temperature: float = 2.0
@@ -101,7 +102,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, allowed in (("forget", get_args(Forget)), ("fisher", get_args(FisherKind))):
-            if getattr(self, name) not in allowed:
+            if getattr(self, name) not in (*allowed, *((None,) if name == "forget" else ())):
                 raise ValueError(
                     f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}"
                 )
@@ -161,6 +162,9 @@ def run(
     s = _settings(settings)
     if data.triggered is None or data.triggered_validation is None:
         raise ValueError("triggered: expected samples, as the balanced method needs them, got None")
+    if s.forget is None:
+        known = data.triggered.y_true is not None
+        s = replace(s, forget="true_label" if known else "unlikelihood")
     if s.forget == "true_label" and data.triggered.y_true is None:
         raise ValueError("triggered: expected (x, y_target, y_true) with forget='true_label'")
     teacher = copy.deepcopy(model).eval().requires_grad_(False)
@@ -361,7 +365,7 @@ def _forget(s: Settings) -> Callable[[Tensor, Samples], Tensor]:
         "unlikelihood": unlikelihood,
         "cross_entropy": cross_entropy,
         "true_label": true_label,
-    }[s.forget]
+    }[s.forget or "unlikelihood"]
 
 
 @contextmanager
