@@ -3,7 +3,8 @@
 A launch reads a :class:`DeviceTable`: int64 cells on the device, one row of cells a property and
 one column a tensor::
 
-    first tile | elements | dtypes, 4 bits a column | addresses of param, grad, moments, F, θ*
+    first tile | elements | dtypes, 4 bits a column | addresses of param, grad, moments, F, θ*,
+    F's scale | number of the first element
 
 It is sent once. Of what may change from step to step, only the gradients' addresses are sent again,
 and only when they differ, from pinned memory. Values that live
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 
 from bdu import native
+from bdu.rounding import Rounding
 
 # Where the rows of cells begin; csrc/cuda/warp_tile.h reads them.
 _FIRST_TILE, _ELEMENTS, _DTYPES, _ADDRESSES = range(4)
@@ -41,7 +43,7 @@ class DeviceTable:
 
     Args:
         address, dtype_code: (columns, n), the columns param, grad, and those of the operation; the
-            address 0 where a tensor has none.
+            address 0 where a tensor has none. Of a norm, the gradients alone.
         numel: (n,).
         device: of the tensors.
     """
@@ -61,7 +63,9 @@ class DeviceTable:
         codes = np.zeros(self.tensors, np.int64)
         for column in range(columns):
             codes |= dtype_code[column].astype(np.int64) << (4 * column)
-        self.stored = _stored(dtype_code[address != 0])
+        # F's scale and the first elements' numbers do not count.
+        here = slice(None, -2 if columns > 1 else None)
+        self.stored = _stored(dtype_code[here][address[here] != 0])
         self.grad_stored = _stored(dtype_code[min(_GRAD, columns - 1)])
         self.grad_address = address[min(_GRAD, columns - 1)].copy()
         self._dtype_code = dtype_code.copy()
@@ -116,6 +120,11 @@ class DeviceTable:
         )
 
 
+def _kernel(table: DeviceTable, known: dict[str, Any]) -> int:
+    # Stochastic rounding has no kernel of its own for bfloat16: the mixed one does it.
+    return _MIXED if known["rounding"].is_stochastic else table.stored
+
+
 def _stored(codes: native.DtypeCodes) -> int:
     return int(codes.flat[0]) if codes.size and (codes == codes.flat[0]).all() else _MIXED
 
@@ -145,7 +154,7 @@ def ewc_sgd_step(
         return penalty
     on_device, known = _common(lr=lr, **common)
     native.library().cuda_ewc_sgd_step(
-        table.launch(table.partials(torch.float32), penalty, table.stored),
+        table.launch(table.partials(torch.float32), penalty, _kernel(table, known)),
         on_device,
         momentum=momentum,
         dampening=dampening,
@@ -173,7 +182,7 @@ def ewc_adamw_step(
         return penalty
     on_device, known = _common(lr=lr, **common)
     native.library().cuda_ewc_adamw_step(
-        table.launch(table.partials(torch.float32), penalty, table.stored),
+        table.launch(table.partials(torch.float32), penalty, _kernel(table, known)),
         on_device,
         steps.data_ptr(),
         beta1=betas[0],
@@ -208,12 +217,16 @@ def _common(
     grad_scale: Number,
     found_inf: Tensor | None,
     batch_fisher_decay: float | None,
+    rounding: Rounding | None,
 ) -> tuple[Any, dict[str, Any]]:
     """What the device reads for itself, and the numbers that the host knows."""
     values = {"clip": clip, "grad_scale": grad_scale, "lr": lr, "ewc_lambda": ewc_lambda}
     addresses = {k: v.data_ptr() if isinstance(v, Tensor) else 0 for k, v in values.items()}
+    step = None if rounding is None else rounding.step
     on_device = native.library().CudaOnDevice(
-        found_inf=0 if found_inf is None else found_inf.data_ptr(), **addresses
+        found_inf=0 if found_inf is None else found_inf.data_ptr(),
+        rounding_step=step.data_ptr() if isinstance(step, Tensor) else 0,
+        **addresses,
     )
     known = {k: 1.0 if isinstance(v, Tensor) else v for k, v in values.items()}
     is_pulled = isinstance(ewc_lambda, Tensor) or ewc_lambda != 0
@@ -223,6 +236,7 @@ def _common(
         "pull": native.PULL_CODE[mode] if is_pulled else 0,
         "fisher_decay": batch_fisher_decay or 0.0,
         "update_fisher": batch_fisher_decay is not None and not maximize,
+        "rounding": native.native_rounding(rounding),
     }
 
 

@@ -20,7 +20,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-_DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+from bdu.rounding import Rounding
+
+_DTYPE_CODE = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.float16: 2,
+    torch.uint8: 3,  # the maps of bdu/quantization.py
+    torch.int8: 4,
+}
 PULL_CODE = {"gradient": 1, "proximal": 2}
 
 Addresses = npt.NDArray[np.int64]
@@ -139,8 +147,9 @@ def ewc_sgd_step(
     weight_decay: float,
     **common: Any,
 ) -> Tensor:
-    """``reference.ewc_sgd_step``; columns of ``address`` and ``dtype`` (5, n): param, grad,
-    momentum_buffer, fisher, anchor; ``numel`` (n,)."""
+    """``reference.ewc_sgd_step``; rows of ``address`` and ``dtype`` (7, n): param, grad,
+    momentum_buffer, fisher, anchor, fisher_scale, and the first elements' numbers; ``numel``
+    (n,)."""
     penalty = library().ewc_sgd_step(
         address,
         dtype,
@@ -167,8 +176,9 @@ def ewc_adamw_step(
     weight_decay: float,
     **common: Any,
 ) -> Tensor:
-    """``reference.ewc_adamw_step``; columns of ``address`` and ``dtype`` (6, n): param, grad,
-    exp_avg, exp_avg_sq, fisher, anchor; ``numel`` (n,); ``steps`` (n,) float32."""
+    """``reference.ewc_adamw_step``; rows of ``address`` and ``dtype`` (8, n): param, grad,
+    exp_avg, exp_avg_sq, fisher, anchor, fisher_scale, and the first elements' numbers; ``numel``
+    (n,); ``steps`` (n,) float32."""
     penalty = library().ewc_adamw_step(
         address,
         dtype,
@@ -217,6 +227,7 @@ def _common(
     clip: float,
     grad_scale: float,
     batch_fisher_decay: float | None,
+    rounding: Rounding | None,
 ) -> dict[str, Any]:
     return {
         "sign": -1.0 if maximize else 1.0,
@@ -226,5 +237,14 @@ def _common(
         "pull": PULL_CODE[mode] if ewc_lambda != 0 else 0,
         "fisher_decay": batch_fisher_decay or 0.0,
         "update_fisher": batch_fisher_decay is not None and not maximize,
+        "rounding": native_rounding(rounding),
         "threads": torch.get_num_threads(),
     }
+
+
+def native_rounding(rounding: Rounding | None) -> Any:
+    """What the compiled part is told; a step that the device counts is 0 here."""
+    if rounding is None:
+        return library().Rounding(False, 0, 0)
+    seed = (rounding.seed + 2**63) % 2**64 - 2**63  # as a signed number of 64 bits
+    return library().Rounding(True, seed, 0 if isinstance(rounding.step, Tensor) else rounding.step)

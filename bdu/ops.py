@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -17,13 +17,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bdu import cuda, dispatch, native, reference
+from bdu import cuda, dispatch, native, quantization, reference
 from bdu.reference import Mode
+from bdu.rounding import Rounding
 
-SGD_COLUMNS = ("momentum_buffer", "fisher", "anchor")
-ADAMW_COLUMNS = ("exp_avg", "exp_avg_sq", "fisher", "anchor")
+SGD_COLUMNS = ("momentum_buffer", "fisher", "anchor", "fisher_scale")
+ADAMW_COLUMNS = ("exp_avg", "exp_avg_sq", "fisher", "anchor", "fisher_scale")
 
 _DTYPE = attrgetter("dtype")
+_IN_8_BITS = frozenset(quantization.CODES.values())
+
+
+def is_8_bits(fisher: Tensor | None) -> bool:
+    """Whether a Fisher is the codes of :mod:`bdu.quantization`."""
+    return fisher is not None and fisher.dtype in _IN_8_BITS
 
 
 def lay_out_like(tensor: Tensor, param: Tensor) -> Tensor:
@@ -95,9 +102,12 @@ class ParameterTable:
         params: parameters or tensors to be stepped in place; floating, strided, any shape. They
             share no memory: all rows are written at once.
         columns: name → one tensor (or None) a parameter, of the parameter's shape and device and
-            laid out like it (:func:`lay_out_like`); any dtype a backend serves.
+            laid out like it (:func:`lay_out_like`); any dtype a backend serves. A Fisher may be in
+            8 bits (:mod:`bdu.quantization`), with its "fisher_scale".
         names: what to call each parameter in an error.
         watched: other tensors that outdate the table when they move.
+        first_elements: the number of each parameter's first element, for stochastic rounding; None:
+            counted over ``params``.
 
     Raises:
         ValueError: a tensor's shape, device or layout differs from its parameter's, it is not
@@ -111,12 +121,15 @@ class ParameterTable:
         names: Sequence[str] | None = None,
         *,
         watched: Sequence[Tensor] = (),
+        first_elements: Sequence[int] | None = None,
     ) -> None:
         self.params = list(params)
         self.names = (
             list(names) if names is not None else [f"params[{i}]" for i in range(len(params))]
         )
         self.columns = {name: list(column) for name, column in columns.items()}
+        if "fisher_scale" not in self.columns:
+            self.columns["fisher_scale"] = [None] * len(self.params)
         self.device = self.params[0].device if self.params else torch.device("cpu")
         for row, param in enumerate(self.params):
             self._check_param(row, param)
@@ -126,6 +139,8 @@ class ParameterTable:
                 if tensor is not None:
                     self._check_entry(name, row, tensor)
         self._check_separate()
+        ends = accumulate((p.numel() for p in self.params), initial=0)
+        self.first_elements = list(ends)[:-1] if first_elements is None else list(first_elements)
 
         # A parameter with gaps is stepped in a dense copy that is copied back.
         self._dense = [
@@ -137,7 +152,7 @@ class ParameterTable:
         moments = [
             t
             for name in self.columns
-            if name not in ("fisher", "anchor")
+            if name not in ("fisher", "anchor", "fisher_scale")
             for t in self.columns[name]
             if t is not None
         ]
@@ -147,7 +162,12 @@ class ParameterTable:
         self._watch = native.survey([*self.params, *state, *watched])
         self._rows = native.survey(self._dense)
         self._single = [row for row, p in enumerate(self.params) if p.numel() == 1]
-        self.dtypes = frozenset(map(_DTYPE, (*self.params, *state)))
+        # All backends take a Fisher in 8 bits.
+        self.dtypes = frozenset(map(_DTYPE, (*self.params, *state))) - _IN_8_BITS
+        self._in_8_bits = next(
+            (n for n, f in zip(self.names, self.columns["fisher"], strict=True) if is_8_bits(f)),
+            None,
+        )
         self._written = [t for t in (*self._dense, *moments) if not t.is_inference()]
         self._written_fisher = [t for t in fishers if not t.is_inference()]
         self._native: tuple[native.Addresses, native.DtypeCodes, native.Addresses] | None = None
@@ -180,7 +200,14 @@ class ParameterTable:
 
     def _check_entry(self, column: str, row: int, tensor: Tensor) -> None:
         param, name = self.params[row], f"{column} of {self.names[row]}"
-        if tensor.layout != torch.strided or not tensor.is_floating_point():
+        fisher = self.columns["fisher"][row]
+        if column == "fisher_scale":
+            self._check_scale(name, fisher, tensor)
+            return
+        if column == "fisher" and is_8_bits(tensor):
+            if self.columns["fisher_scale"][row] is None:
+                raise ValueError(f"fisher_scale of {self.names[row]}: expected one, got None")
+        elif tensor.layout != torch.strided or not tensor.is_floating_point():
             kind = str(tensor.layout) if tensor.layout != torch.strided else str(tensor.dtype)
             raise ValueError(f"{name}: expected a dense floating-point tensor, got {kind}")
         if tensor.shape != param.shape or tensor.device != param.device:
@@ -190,6 +217,21 @@ class ParameterTable:
                 f"{name}: expected strides {self._strides[row]}, got {tensor.stride()}"
             )
         self._check_memory(name, tensor)
+
+    def _check_scale(self, name: str, fisher: Tensor | None, scale: Tensor) -> None:
+        if fisher is None or not is_8_bits(fisher):
+            raise ValueError(f"{name}: expected None without a fisher in 8 bits, got a tensor")
+        blocks = quantization.blocks_of(fisher)
+        if (
+            scale.dtype != torch.bfloat16
+            or scale.shape != (blocks,)
+            or scale.device != fisher.device
+            or not scale.is_contiguous()
+        ):
+            raise ValueError(
+                f"{name}: expected ({blocks},) contiguous torch.bfloat16 on {fisher.device}, got "
+                f"{describe(scale)}, {scale.dtype}"
+            )
 
     def _check_memory(self, name: str, tensor: Tensor) -> None:
         """A wrapper (DTensor, FakeTensor) or a tensor whose storage was freed has no address."""
@@ -298,9 +340,30 @@ class ParameterTable:
         for row in self._staged:
             self.params[row].copy_(self._dense[row])
 
-    def lists(self, grads: Sequence[Tensor]) -> list[Sequence[Tensor | None]]:
-        """Parameters, gradients and the other columns, as the reference takes them."""
-        return [self._dense, grads, *self.columns.values()]
+    def require_floating_fisher(self) -> None:
+        """Raise where a row's Fisher cannot be averaged."""
+        if self._in_8_bits is not None:
+            raise ValueError(
+                f"fisher of {self._in_8_bits}: expected a floating dtype with batch_fisher_decay, "
+                "got 8 bits"
+            )
+
+    def lists(self, grads: Sequence[Tensor], *, dequantized: bool) -> list[Sequence[Tensor | None]]:
+        """Parameters, gradients and the other columns but F's scale, as the reference takes them.
+
+        Args:
+            grads: one a row.
+            dequantized: F in float32 where it is in 8 bits.
+        """
+        columns = {name: c for name, c in self.columns.items() if name != "fisher_scale"}
+        if dequantized and self._in_8_bits is not None:
+            columns["fisher"] = [
+                quantization.dequantize(fisher, scale) if is_8_bits(fisher) else fisher
+                for fisher, scale in zip(
+                    columns["fisher"], self.columns["fisher_scale"], strict=True
+                )
+            ]
+        return [self._dense, grads, *columns.values()]
 
     def native_arrays(
         self, checked: CheckedGrads
@@ -309,8 +372,9 @@ class ParameterTable:
         if self._native is None:
             columns: list[Sequence[Tensor | None]] = [self._dense, self._dense]
             columns += self.columns.values()
-            shape = (len(columns), len(self.params))
+            shape = (len(columns) + 1, len(self.params))
             address, code = np.zeros(shape, np.int64), np.zeros(shape, np.uint8)
+            address[-1] = self.first_elements
             for row, column in enumerate(columns):
                 there = [i for i, tensor in enumerate(column) if tensor is not None]
                 present = [tensor for tensor in column if tensor is not None]
@@ -355,6 +419,7 @@ def ewc_sgd_step(
     clip: float | Tensor = 1.0,
     grad_scale: float | Tensor = 1.0,
     batch_fisher_decay: float | None = None,
+    rounding: Rounding | None = None,
 ) -> Tensor:
     """One EWC-anchored SGD step over a table with the columns ``SGD_COLUMNS``, in place.
 
@@ -379,6 +444,7 @@ def ewc_sgd_step(
         "ewc_lambda": ewc_lambda,
         "mode": mode,
         "batch_fisher_decay": batch_fisher_decay,
+        "rounding": rounding,
     }
     if momentum != 0:
         table.require("momentum_buffer", f"with momentum={momentum}")
@@ -400,6 +466,7 @@ def ewc_adamw_step(
     clip: float | Tensor = 1.0,
     grad_scale: float | Tensor = 1.0,
     batch_fisher_decay: float | None = None,
+    rounding: Rounding | None = None,
 ) -> Tensor:
     """One EWC-anchored AdamW step over a table with the columns ``ADAMW_COLUMNS``, in place.
 
@@ -424,6 +491,7 @@ def ewc_adamw_step(
         "ewc_lambda": ewc_lambda,
         "mode": mode,
         "batch_fisher_decay": batch_fisher_decay,
+        "rounding": rounding,
     }
     table.require("exp_avg", "in every row")
     table.require("exp_avg_sq", "in every row")
@@ -487,6 +555,8 @@ def _step(
     if checked is None:
         raise ValueError("table: expected its tensors where they lay when it was made, got others")
     updates_fisher = settings["batch_fisher_decay"] is not None and not settings["maximize"]
+    if updates_fisher:
+        table.require_floating_fisher()
     with torch.no_grad():
         table.load_staged()
         if checked.backend == "cpp":
@@ -507,9 +577,17 @@ def _step(
                 **settings,
             )
         else:
-            launchers: Any = reference if checked.backend == "reference" else _triton_launchers()
+            launchers: Any = reference
+            shared = {"clip": clip, "grad_scale": grad_scale}
+            if checked.backend == "triton":
+                launchers = _triton_launchers()
+                shared["fisher_scales"] = table.columns["fisher_scale"]
             penalty = getattr(launchers, operation)(
-                *table.lists(checked.tensors), *extra, clip=clip, grad_scale=grad_scale, **settings
+                *table.lists(checked.tensors, dequantized=checked.backend == "reference"),
+                *extra,
+                first_elements=table.first_elements,
+                **shared,
+                **settings,
             )
         if checked.backend != "reference":
             table.bump_versions(updates_fisher)

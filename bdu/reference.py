@@ -17,18 +17,23 @@ eq. 3) and is stable only for lr·λ·F < 2(1 + momentum); mode "proximal" is th
 the quadratic around θ' and stable for every λ ≥ 0.
 
 Arithmetic is float64 where the parameter is float64 and float32 otherwise; the results are rounded
-once, to the dtype that each tensor is stored in. All functions write in place and take lists with
-one entry a tensor; ``None`` in ``fishers`` and ``anchors`` means no pull and no penalty for that
-tensor.
+once, to the dtype that each tensor is stored in; parameters in bfloat16 to nearest, or, with a
+``rounding``, as :mod:`bdu.rounding` says, where ``first_elements`` are the numbers of the tensors'
+first elements (None: counted over ``params``), in the order of their memory. All functions write in
+place and take lists with one entry a tensor; ``None`` in ``fishers`` and ``anchors`` means no pull
+and no penalty for that tensor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from bdu.rounding import Rounding, random_bits, to_bfloat16
 
 Mode = Literal["proximal", "gradient"]
 
@@ -80,6 +85,8 @@ def ewc_sgd_step(
     clip: float = 1.0,
     grad_scale: float = 1.0,
     batch_fisher_decay: float | None = None,
+    rounding: Rounding | None = None,
+    first_elements: Sequence[int] | None = None,
 ) -> Tensor:
     """One EWC-anchored SGD step in place; see the module's formulas.
 
@@ -93,8 +100,9 @@ def ewc_sgd_step(
     if momentum != 0 and any(buffer is None for buffer in momentum_buffers):
         raise ValueError(f"momentum_buffers: expected tensors with momentum={momentum}")
     penalties = []
-    for param, grad, buffer, fisher, anchor in zip(
-        params, grads, momentum_buffers, fishers, anchors, strict=True
+    firsts = _first_elements(params) if first_elements is None else first_elements
+    for param, grad, buffer, fisher, anchor, first in zip(
+        params, grads, momentum_buffers, fishers, anchors, firsts, strict=True
     ):
         dtype = compute_dtype(param)
         theta = param.to(dtype)
@@ -112,7 +120,7 @@ def ewc_sgd_step(
         updated = theta - lr * g
         if mode == "proximal":
             updated = pull.proximal(updated, lr)
-        param.copy_(updated)
+        _store(param, updated, rounding, first)
         _update_batch_fisher(fisher, grad, grad_scale, batch_fisher_decay, maximize)
     return _total(penalties, params)
 
@@ -136,6 +144,8 @@ def ewc_adamw_step(
     clip: float = 1.0,
     grad_scale: float = 1.0,
     batch_fisher_decay: float | None = None,
+    rounding: Rounding | None = None,
+    first_elements: Sequence[int] | None = None,
 ) -> Tensor:
     """One EWC-anchored AdamW step in place; see the module's formulas.
 
@@ -150,8 +160,9 @@ def ewc_adamw_step(
     """
     beta1, beta2 = betas
     penalties = []
-    for param, grad, exp_avg, exp_avg_sq, fisher, anchor, step in zip(
-        params, grads, exp_avgs, exp_avg_sqs, fishers, anchors, steps.tolist(), strict=True
+    firsts = _first_elements(params) if first_elements is None else first_elements
+    for param, grad, exp_avg, exp_avg_sq, fisher, anchor, step, first in zip(
+        params, grads, exp_avgs, exp_avg_sqs, fishers, anchors, steps.tolist(), firsts, strict=True
     ):
         dtype = compute_dtype(param)
         theta = param.to(dtype)
@@ -169,7 +180,7 @@ def ewc_adamw_step(
         updated = theta - lr * weight_decay * theta - lr / (1 - beta1**step) * m / denominator
         if mode == "proximal":
             updated = pull.proximal(updated, lr)
-        param.copy_(updated)
+        _store(param, updated, rounding, first)
         _update_batch_fisher(fisher, grad, grad_scale, batch_fisher_decay, maximize)
     return _total(penalties, params)
 
@@ -213,6 +224,20 @@ def _signed(
 ) -> Tensor:
     sign = -1.0 if maximize else 1.0
     return grad.to(dtype) * (sign * clip / grad_scale)
+
+
+def _first_elements(params: Sequence[Tensor]) -> list[int]:
+    return list(accumulate((p.numel() for p in params), initial=0))[:-1]
+
+
+def _store(param: Tensor, updated: Tensor, rounding: Rounding | None, first: int) -> None:
+    if rounding is not None and param.dtype == torch.bfloat16:
+        elements = torch.empty_like(param, dtype=torch.int64)
+        order = sorted(range(param.dim()), key=elements.stride, reverse=True)
+        in_memory = elements.permute(order)
+        in_memory.copy_(torch.arange(first, first + param.numel()).view(in_memory.shape))
+        updated = to_bfloat16(updated, random_bits(rounding, elements))
+    param.copy_(updated)
 
 
 def _update_batch_fisher(

@@ -1,5 +1,7 @@
 // Python's view of the native kernels. bdu/native.py is the only caller and has checked shapes,
 // layouts and lifetimes; here only the arrays themselves are checked.
+#include "cuda/bindings.h"
+
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
@@ -7,7 +9,7 @@
 #include <string>
 
 #include "cpu/parallel.h"
-#include "cuda/bindings.h"
+#include "scalars.h"
 #include "survey.h"
 #if defined(BDU_WITH_CUDA)
 #include "cuda/device_info.h"
@@ -37,26 +39,13 @@ std::int64_t tensors_of(const Addresses& addresses, const Dtypes& dtypes, const 
   return n;
 }
 
-bdu::PullScalars pull_scalars(double lr, double weight_decay, double sign, double clip,
-                              double grad_scale, double ewc_lambda, double fisher_decay) {
-  bdu::PullScalars s;
-  s.grad_factor = static_cast<float>(sign * clip / grad_scale);
-  s.inverse_scale = static_cast<float>(1.0 / grad_scale);
-  s.ewc_lambda = static_cast<float>(ewc_lambda);
-  s.lr_lambda = static_cast<float>(lr * ewc_lambda);
-  s.fisher_decay = static_cast<float>(fisher_decay);
-  s.weight_decay = static_cast<float>(weight_decay);
-  s.lr = static_cast<float>(lr);
-  return s;
-}
-
 double ewc_sgd_step(const Addresses& addresses, const Dtypes& dtypes, const Counts& numel,
                     double lr, double momentum, double dampening, bool nesterov,
                     double weight_decay, double sign, double clip, double grad_scale,
                     double ewc_lambda, int pull, double fisher_decay, bool update_fisher,
-                    int threads) {
+                    const bdu::Rounding& rounding, int threads) {
   bdu::SgdTable table;
-  table.tensors = tensors_of(addresses, dtypes, numel, 5);
+  table.tensors = tensors_of(addresses, dtypes, numel, 7);
   if (table.tensors == 0) return 0.0;
   table.numel = numel.data();
   table.param = column(addresses, dtypes, 0);
@@ -64,8 +53,11 @@ double ewc_sgd_step(const Addresses& addresses, const Dtypes& dtypes, const Coun
   table.momentum_buffer = column(addresses, dtypes, 2);
   table.fisher = column(addresses, dtypes, 3);
   table.anchor = column(addresses, dtypes, 4);
+  table.fisher_scale = column(addresses, dtypes, 5);
+  table.first_element = addresses.data(6, 0);
   bdu::SgdScalars scalars;
-  scalars.pull = pull_scalars(lr, weight_decay, sign, clip, grad_scale, ewc_lambda, fisher_decay);
+  scalars.pull = bdu::pull_scalars(lr, weight_decay, sign, clip, grad_scale, ewc_lambda,
+                                   fisher_decay, rounding);
   scalars.momentum = static_cast<float>(momentum);
   scalars.one_minus_dampening = static_cast<float>(1.0 - dampening);
   const bdu::Switches switches{static_cast<bdu::Pull>(pull), momentum != 0.0, nesterov,
@@ -78,9 +70,9 @@ double ewc_adamw_step(const Addresses& addresses, const Dtypes& dtypes, const Co
                       const Steps& step, double lr, double beta1, double beta2, double epsilon,
                       double weight_decay, double sign, double clip, double grad_scale,
                       double ewc_lambda, int pull, double fisher_decay, bool update_fisher,
-                      int threads) {
+                      const bdu::Rounding& rounding, int threads) {
   bdu::AdamwTable table;
-  table.tensors = tensors_of(addresses, dtypes, numel, 6);
+  table.tensors = tensors_of(addresses, dtypes, numel, 8);
   if (table.tensors == 0) return 0.0;
   if (step.ndim() != 1 || step.shape(0) != table.tensors)
     throw std::invalid_argument("step: expected shape (" + std::to_string(table.tensors) + ",)");
@@ -91,9 +83,12 @@ double ewc_adamw_step(const Addresses& addresses, const Dtypes& dtypes, const Co
   table.exp_avg_sq = column(addresses, dtypes, 3);
   table.fisher = column(addresses, dtypes, 4);
   table.anchor = column(addresses, dtypes, 5);
+  table.fisher_scale = column(addresses, dtypes, 6);
+  table.first_element = addresses.data(7, 0);
   table.step = step.data();
   bdu::AdamwScalars scalars{};
-  scalars.pull = pull_scalars(lr, weight_decay, sign, clip, grad_scale, ewc_lambda, fisher_decay);
+  scalars.pull = bdu::pull_scalars(lr, weight_decay, sign, clip, grad_scale, ewc_lambda,
+                                   fisher_decay, rounding);
   scalars.beta1 = static_cast<float>(beta1);
   scalars.one_minus_beta1 = static_cast<float>(1.0 - beta1);
   scalars.beta2 = static_cast<float>(beta2);
@@ -142,16 +137,22 @@ PYBIND11_MODULE(_native, m) {
   m.doc() = "Native kernels of bdu; see bdu/native.py.";
   m.def("instruction_set", &bdu::cpu::instruction_set);
   m.def("cuda_build", &cuda_build, "None, or the CUDA runtime and devices this build sees.");
+  py::class_<bdu::Rounding>(m, "Rounding")
+      .def(py::init([](bool is_stochastic, std::int64_t seed, std::int64_t step) {
+             return bdu::Rounding{is_stochastic, seed, step};
+           }),
+           py::arg("is_stochastic"), py::arg("seed"), py::arg("step"))
+      .def_readonly("is_stochastic", &bdu::Rounding::is_stochastic);
   m.def("ewc_sgd_step", &ewc_sgd_step, py::arg("addresses"), py::arg("dtypes"), py::arg("numel"),
         py::kw_only(), py::arg("lr"), py::arg("momentum"), py::arg("dampening"),
         py::arg("nesterov"), py::arg("weight_decay"), py::arg("sign"), py::arg("clip"),
         py::arg("grad_scale"), py::arg("ewc_lambda"), py::arg("pull"), py::arg("fisher_decay"),
-        py::arg("update_fisher"), py::arg("threads"));
+        py::arg("update_fisher"), py::arg("rounding"), py::arg("threads"));
   m.def("ewc_adamw_step", &ewc_adamw_step, py::arg("addresses"), py::arg("dtypes"),
         py::arg("numel"), py::arg("step"), py::kw_only(), py::arg("lr"), py::arg("beta1"),
         py::arg("beta2"), py::arg("epsilon"), py::arg("weight_decay"), py::arg("sign"),
         py::arg("clip"), py::arg("grad_scale"), py::arg("ewc_lambda"), py::arg("pull"),
-        py::arg("fisher_decay"), py::arg("update_fisher"), py::arg("threads"));
+        py::arg("fisher_decay"), py::arg("update_fisher"), py::arg("rounding"), py::arg("threads"));
   m.def("grad_norm", &grad_norm, py::arg("addresses"), py::arg("dtypes"), py::arg("numel"),
         py::kw_only(), py::arg("threads"));
   py::class_<bdu::Survey>(m, "Survey")

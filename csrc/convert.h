@@ -1,10 +1,12 @@
-// Half precision as bits, rounded to nearest even, the same on the CPU and in CUDA.
+// What is stored in fewer bits, from float and to it, the same on the CPU and in CUDA. Half
+// precision is rounded to nearest even.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
-#include "update_rule.h"
+#include "table.h"
 
 #if defined(__CUDACC__)
 #include <cuda_bf16.h>
@@ -68,6 +70,48 @@ BDU_HD std::uint16_t to_float16(float value) {
   const std::uint32_t odd = (magnitude >> 13) & 1u;
   return static_cast<std::uint16_t>(sign | ((magnitude - 0x38000000u + 0xfffu + odd) >> 13));
 #endif
+}
+
+// lowbias32 (Ellis, "hash-prospector"), a bijection of 32 bits.
+BDU_HD std::uint32_t mixed_bits(std::uint32_t x) {
+  x = (x ^ (x >> 16)) * 0x7feb352du;
+  x = (x ^ (x >> 15)) * 0x846ca68bu;
+  return x ^ (x >> 16);
+}
+
+// 16 bits for one element; neighbours share a draw. bdu/rounding.py computes the same.
+BDU_HD std::uint32_t random_bits(const Rounding& rounding, std::int64_t element) {
+  const auto pair = static_cast<std::uint64_t>(element) >> 1;
+  const auto seed = static_cast<std::uint64_t>(rounding.seed);
+  const auto step = static_cast<std::uint64_t>(rounding.step);
+  std::uint32_t x = static_cast<std::uint32_t>(seed) ^
+                    mixed_bits(static_cast<std::uint32_t>(seed >> 32) + 0x9e3779b9u);
+  x = mixed_bits(mixed_bits(x) ^ static_cast<std::uint32_t>(step));
+  x = mixed_bits(x + static_cast<std::uint32_t>(pair >> 32));
+  x = mixed_bits(x ^ static_cast<std::uint32_t>(pair));
+  return (element & 1) != 0 ? x >> 16 : x & 0xffffu;
+}
+
+// Up with the probability of what truncation would lose; infinities and NaN as to_bfloat16.
+BDU_HD std::uint16_t to_bfloat16_stochastic(float value, std::uint32_t random) {
+  const std::uint32_t bits = bits_of(value);
+  if ((bits & 0x7f800000u) == 0x7f800000u) return to_bfloat16(value);
+  return static_cast<std::uint16_t>((bits + random) >> 16);
+}
+
+// An entry of a Fisher in 8 bits; the scale comes from scale_of_8_bits and is the same for a block.
+BDU_HD float from_8_bits(Dtype dtype, std::uint8_t code, float scale) {
+  if (dtype == Dtype::square_root_8) {
+    const float q = static_cast<float>(code);
+    return q * q * scale;
+  }
+  const float q = static_cast<float>(static_cast<std::int8_t>(code)) + 128.0f;
+  return q == 0.0f ? 0.0f : scale * exp2f((q - 255.0f) * (24.0f / 254.0f));
+}
+
+BDU_HD float scale_of_8_bits(Dtype dtype, std::uint16_t bfloat16) {
+  const float scale = from_bfloat16(bfloat16);
+  return dtype == Dtype::square_root_8 ? scale * (1.0f / 65025.0f) : scale;
 }
 
 } // namespace bdu

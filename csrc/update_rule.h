@@ -15,6 +15,13 @@ namespace bdu {
 
 enum class Pull : int { none = 0, gradient = 1, proximal = 2 };
 
+// How parameters in bfloat16 are rounded: to nearest even, or stochastically with random bits that
+// depend on nothing but the seed, the step and the element, so that all backends draw the same.
+struct Rounding {
+  bool is_stochastic;
+  std::int64_t seed, step;
+};
+
 // What every element of one launch shares. Scalars that the optimizers combine are combined in
 // double on the host, once, and rounded to float here.
 struct PullScalars {
@@ -25,6 +32,7 @@ struct PullScalars {
   float fisher_decay;  // rho of the running Fisher
   float weight_decay;
   float lr;
+  Rounding rounding;
 };
 
 struct SgdScalars {

@@ -6,15 +6,17 @@ store, and products fused into sums only where ``tl.fma`` says so (``enable_fp_f
 
 A launch walks over a table on the device: int64, shape (columns, rows), one row a tensor::
 
-    first chunk | numel | position in the caller's lists | addresses of param, grad, moments, F, θ*
+    first chunk | numel | position in the caller's lists | number of the first element |
+    addresses of param, grad, moments, F, θ*, F's scale
 
 A tensor has ⌈numel / BLOCK⌉ chunks and each program takes one; it finds its tensor by binary search
 in the first column. The table is sent only when an address, a dtype or a size has changed. Every
 chunk writes one partial sum, and the partial sums are added in a fixed order: the same bits on
 every run. Rows whose addresses are all 16-byte aligned are read and written 128 bits at a time.
 
-float32, bfloat16 and float16 in any mix. The tensors of a row are dense and laid out alike
-(``bdu.ops`` sees to it): a row is walked as flat memory.
+float32, bfloat16 and float16 in any mix; F also in the 8 bits of ``bdu.quantization``, and bfloat16
+parameters rounded stochastically as ``bdu.rounding`` says. The tensors of a row are dense and laid
+out alike (``bdu.ops`` sees to it): a row is walked as flat memory.
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+Rounding = tuple[int, Any]  # seed and step, as bdu.rounding.Rounding
+
 BLOCK = 2048  # elements a program: 8 a thread, so that one load of a half-precision column is 16 B
 NUM_WARPS = 8
 
@@ -39,7 +43,10 @@ NUM_WARPS = 8
 _FIRST_CHUNK = tl.constexpr(0)
 _NUMEL = tl.constexpr(1)
 _POSITION = tl.constexpr(2)
-_ADDRESSES = tl.constexpr(3)
+_FIRST_ELEMENT = tl.constexpr(3)
+_ADDRESSES = tl.constexpr(4)
+
+_SCALE_BLOCK = tl.constexpr(32)
 
 _NONE = tl.constexpr(0)
 _GRADIENT = tl.constexpr(1)
@@ -55,6 +62,8 @@ _TRITON_DTYPE = {
     torch.float32: tl.float32,
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
+    torch.uint8: tl.uint8,
+    torch.int8: tl.int8,
 }
 
 
@@ -65,6 +74,8 @@ class PullScalars(NamedTuple):
     inverse_scale: float  # 1 / scale, likewise
     clip: Tensor | None  # on the device, not to be waited for
     grad_scale: Tensor | None
+    found_inf: Tensor | None  # not 0: nothing is written
+    rounding_key: int | None  # of seed and step; None rounds to nearest
     ewc_lambda: float
     lr_lambda: float
     fisher_decay: float
@@ -145,6 +156,80 @@ def _store(pointers, value, mask):
     tl.store(pointers, value.to(pointers.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _scale_pointers(
+    table, rows, row, offset, COLUMN: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """To the scales from ``offset`` on; None where F is not in 8 bits."""
+    if DTYPE is None:
+        pointers = None
+    else:
+        address = tl.load(table + (_ADDRESSES + COLUMN) * rows + row)
+        if _BFLOAT16_AS_BITS:
+            start = address.to(tl.pointer_type(tl.int16))
+        else:
+            start = address.to(tl.pointer_type(DTYPE))
+        pointers = start + offset // _SCALE_BLOCK + tl.arange(0, BLOCK // _SCALE_BLOCK)
+    return pointers
+
+
+@triton.jit
+def _load_fisher(pointers, scales, left, mask, BLOCK: tl.constexpr):
+    if scales is None:
+        fisher = _load(pointers, mask)
+    else:
+        code = _load(pointers, mask)
+        if mask is None:
+            scale = _load(scales, None)
+        else:
+            block = tl.arange(0, BLOCK // _SCALE_BLOCK) * _SCALE_BLOCK
+            scale = _load(scales, block < left)
+        scale = tl.broadcast_to(scale[:, None], (BLOCK // _SCALE_BLOCK, _SCALE_BLOCK))
+        scale = tl.reshape(scale, (BLOCK,))
+        if pointers.dtype.element_ty == tl.uint8:
+            fisher = code * code * (scale * (1.0 / 65025.0))
+        else:
+            code += 128.0
+            fisher = tl.where(code == 0.0, 0.0, scale * tl.exp2((code - 255.0) * (24.0 / 254.0)))
+    return fisher
+
+
+@triton.jit
+def _mixed(x):
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _random_bits(key, first, BLOCK: tl.constexpr):
+    """16 bits for each element from ``first`` on, as ``bdu.rounding.random_bits``."""
+    key = (key >> 1).to(tl.uint32)
+    # In words of 32 bits, which take half the registers: a block sees two high words at most.
+    start, high = first.to(tl.uint32), (first >> 32).to(tl.uint32)
+    low = start + tl.arange(0, BLOCK).to(tl.uint32)
+    carried = low < start
+    pair = (low >> 1) | (tl.where(carried, high + 1, high) << 31)
+    x = tl.where(carried, _mixed(key + ((high + 1) >> 1)), _mixed(key + (high >> 1)))
+    x = _mixed(x ^ pair)
+    return tl.where((low & 1) == 1, x >> 16, x & 0xFFFF)
+
+
+@triton.jit
+def _store_param(pointers, value, mask, s, first, BLOCK: tl.constexpr):
+    if s.rounding_key is None:
+        _store(pointers, value, mask)
+    elif pointers.dtype.element_ty == tl.bfloat16 or pointers.dtype.element_ty == tl.int16:
+        bits = value.to(tl.float32).to(tl.uint32, bitcast=True)
+        up = bits + _random_bits(s.rounding_key, first, BLOCK)
+        quiet = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, bits | 0x400000, bits)
+        bits = tl.where((bits & 0x7F800000) == 0x7F800000, quiet, up) >> 16
+        words = pointers.to(tl.pointer_type(tl.int16), bitcast=True)
+        tl.store(words, bits.to(tl.int16), mask=mask)
+    else:
+        _store(pointers, value, mask)
+
+
 # The update rule, as in csrc/update_rule.h
 
 
@@ -185,8 +270,8 @@ def _running_fisher(fisher, grad, s):
 
 @triton.jit
 def _ewc_sgd_chunk(
-    params, grads, momentum_buffers, fishers, anchors, mask, s, sgd,
-    PULL: tl.constexpr, NESTEROV: tl.constexpr, UPDATE_FISHER: tl.constexpr,
+    params, grads, momentum_buffers, fishers, anchors, scales, left, mask, written, first, s, sgd,
+    PULL: tl.constexpr, NESTEROV: tl.constexpr, UPDATE_FISHER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Steps one chunk and returns its Σ F d²."""
     param = _load(params, mask)
@@ -195,7 +280,7 @@ def _ewc_sgd_chunk(
     if momentum_buffers is not None:
         momentum_buffer = _load(momentum_buffers, mask)
     if fishers is not None:
-        fisher = _load(fishers, mask)
+        fisher = _load_fisher(fishers, scales, left, mask, BLOCK)
     if PULL != _NONE:
         anchor = _load(anchors, mask)
         drift = param - anchor
@@ -204,21 +289,21 @@ def _ewc_sgd_chunk(
     g = tl.fma(param, s.weight_decay, g)
     if momentum_buffers is not None:
         momentum_buffer = tl.fma(momentum_buffer, sgd.momentum, sgd.one_minus_dampening * g)
-        _store(momentum_buffers, momentum_buffer, mask)
+        _store(momentum_buffers, momentum_buffer, written)
         g = tl.fma(momentum_buffer, sgd.momentum, g) if NESTEROV else momentum_buffer
     param = tl.fma(g, -s.lr, param)
     if PULL == _PROXIMAL:
         param = _proximal_pull(param, fisher, anchor, s)
-    _store(params, param, mask)
+    _store_param(params, param, written, s, first, BLOCK)
     if UPDATE_FISHER:
-        _store(fishers, _running_fisher(fisher, grad, s), mask)
+        _store(fishers, _running_fisher(fisher, grad, s), written)
     return penalty
 
 
 @triton.jit
 def _ewc_adamw_chunk(
-    params, grads, exp_avgs, exp_avg_sqs, fishers, anchors, mask, step, s, adamw,
-    PULL: tl.constexpr, UPDATE_FISHER: tl.constexpr,
+    params, grads, exp_avgs, exp_avg_sqs, fishers, anchors, scales, left, mask, written, first,
+    step, s, adamw, PULL: tl.constexpr, UPDATE_FISHER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Steps one chunk and returns its Σ F d²."""
     param = _load(params, mask)
@@ -227,7 +312,7 @@ def _ewc_adamw_chunk(
     exp_avg_sq = _load(exp_avg_sqs, mask)
     drift, fisher, penalty = 0.0, 0.0, 0.0
     if fishers is not None:
-        fisher = _load(fishers, mask)
+        fisher = _load_fisher(fishers, scales, left, mask, BLOCK)
     if PULL != _NONE:
         anchor = _load(anchors, mask)
         drift = param - anchor
@@ -240,17 +325,26 @@ def _ewc_adamw_chunk(
     g = _pulled_gradient(grad, drift, fisher, s, PULL)
     exp_avg = tl.fma(g - exp_avg, adamw.one_minus_beta1, exp_avg)
     exp_avg_sq = tl.fma(adamw.one_minus_beta2 * g, g, adamw.beta2 * exp_avg_sq)
-    _store(exp_avgs, exp_avg, mask)
-    _store(exp_avg_sqs, exp_avg_sq, mask)
+    _store(exp_avgs, exp_avg, written)
+    _store(exp_avg_sqs, exp_avg_sq, written)
     denominator = tl.fma(tl.sqrt_rn(exp_avg_sq), inverse_sqrt, adamw.eps)
     param = tl.fma(param, -s.lr * s.weight_decay, param)
     param = tl.fma(tl.div_rn(exp_avg, denominator), -step_size, param)
     if PULL == _PROXIMAL:
         param = _proximal_pull(param, fisher, anchor, s)
-    _store(params, param, mask)
+    _store_param(params, param, written, s, first, BLOCK)
     if UPDATE_FISHER:
-        _store(fishers, _running_fisher(fisher, grad, s), mask)
+        _store(fishers, _running_fisher(fisher, grad, s), written)
     return penalty
+
+
+@triton.jit
+def _elements_written(left, s):
+    """None where GradScaler found a gradient that is not finite."""
+    kept = left
+    if s.found_inf is not None:
+        kept = tl.where(tl.load(s.found_inf) != 0, 0, left)
+    return kept
 
 
 # The kernels: grid (chunks,). A mask hides from the compiler that whole vectors are valid, so only
@@ -261,8 +355,8 @@ def _ewc_adamw_chunk(
 def ewc_sgd_kernel(
     table, rows, partials, first_partial, s, sgd,
     PARAM: tl.constexpr, GRAD: tl.constexpr, MOMENTUM_BUFFER: tl.constexpr, FISHER: tl.constexpr,
-    ANCHOR: tl.constexpr, ALIGNED: tl.constexpr, PULL: tl.constexpr, NESTEROV: tl.constexpr,
-    UPDATE_FISHER: tl.constexpr, BLOCK: tl.constexpr,
+    ANCHOR: tl.constexpr, FISHER_SCALE: tl.constexpr, ALIGNED: tl.constexpr, PULL: tl.constexpr,
+    NESTEROV: tl.constexpr, UPDATE_FISHER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One chunk of :func:`ewc_sgd_step`; a column that is not there has the dtype None."""
     chunk = tl.program_id(0).to(tl.int64)
@@ -274,11 +368,19 @@ def ewc_sgd_kernel(
     b = _pointers(table, rows, row, offset, 2, MOMENTUM_BUFFER, ALIGNED, BLOCK)
     f = _pointers(table, rows, row, offset, 3, FISHER, ALIGNED, BLOCK)
     a = _pointers(table, rows, row, offset, 4, ANCHOR, ALIGNED, BLOCK)
-    if left >= BLOCK:
-        penalty = _ewc_sgd_chunk(p, g, b, f, a, None, s, sgd, PULL, NESTEROV, UPDATE_FISHER)
+    z = _scale_pointers(table, rows, row, offset, 5, FISHER_SCALE, BLOCK)
+    first = tl.load(table + _FIRST_ELEMENT * rows + row) + offset
+    kept = _elements_written(left, s)
+    if kept >= BLOCK:
+        penalty = _ewc_sgd_chunk(
+            p, g, b, f, a, z, left, None, None, first, s, sgd, PULL, NESTEROV, UPDATE_FISHER, BLOCK
+        )
     else:
-        mask = tl.arange(0, BLOCK) < left
-        penalty = _ewc_sgd_chunk(p, g, b, f, a, mask, s, sgd, PULL, NESTEROV, UPDATE_FISHER)
+        here = tl.arange(0, BLOCK)
+        penalty = _ewc_sgd_chunk(
+            p, g, b, f, a, z, left, here < left, here < kept, first, s, sgd, PULL, NESTEROV,
+            UPDATE_FISHER, BLOCK,
+        )  # fmt: skip
     tl.store(partials + first_partial + chunk, penalty)
 
 
@@ -286,8 +388,8 @@ def ewc_sgd_kernel(
 def ewc_adamw_kernel(
     table, rows, partials, first_partial, steps, s, adamw,
     PARAM: tl.constexpr, GRAD: tl.constexpr, EXP_AVG: tl.constexpr, EXP_AVG_SQ: tl.constexpr,
-    FISHER: tl.constexpr, ANCHOR: tl.constexpr, ALIGNED: tl.constexpr, PULL: tl.constexpr,
-    UPDATE_FISHER: tl.constexpr, BLOCK: tl.constexpr,
+    FISHER: tl.constexpr, ANCHOR: tl.constexpr, FISHER_SCALE: tl.constexpr, ALIGNED: tl.constexpr,
+    PULL: tl.constexpr, UPDATE_FISHER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One chunk of :func:`ewc_adamw_step`; a column that is not there has the dtype None."""
     chunk = tl.program_id(0).to(tl.int64)
@@ -301,11 +403,19 @@ def ewc_adamw_kernel(
     v = _pointers(table, rows, row, offset, 3, EXP_AVG_SQ, ALIGNED, BLOCK)
     f = _pointers(table, rows, row, offset, 4, FISHER, ALIGNED, BLOCK)
     a = _pointers(table, rows, row, offset, 5, ANCHOR, ALIGNED, BLOCK)
-    if left >= BLOCK:
-        penalty = _ewc_adamw_chunk(p, g, m, v, f, a, None, step, s, adamw, PULL, UPDATE_FISHER)
+    z = _scale_pointers(table, rows, row, offset, 6, FISHER_SCALE, BLOCK)
+    first = tl.load(table + _FIRST_ELEMENT * rows + row) + offset
+    kept = _elements_written(left, s)
+    if kept >= BLOCK:
+        penalty = _ewc_adamw_chunk(
+            p, g, m, v, f, a, z, left, None, None, first, step, s, adamw, PULL, UPDATE_FISHER, BLOCK
+        )
     else:
-        mask = tl.arange(0, BLOCK) < left
-        penalty = _ewc_adamw_chunk(p, g, m, v, f, a, mask, step, s, adamw, PULL, UPDATE_FISHER)
+        here = tl.arange(0, BLOCK)
+        penalty = _ewc_adamw_chunk(
+            p, g, m, v, f, a, z, left, here < left, here < kept, first, step, s, adamw, PULL,
+            UPDATE_FISHER, BLOCK,
+        )  # fmt: skip
     tl.store(partials + first_partial + chunk, penalty)
 
 
@@ -348,6 +458,10 @@ def ewc_sgd_step(
     clip: float | Tensor = 1.0,
     grad_scale: float | Tensor = 1.0,
     batch_fisher_decay: float | None = None,
+    fisher_scales: Sequence[Tensor | None] | None = None,
+    found_inf: Tensor | None = None,
+    rounding: Rounding | None = None,
+    first_elements: Sequence[int] | None = None,
 ) -> Tensor:
     """``bdu.reference.ewc_sgd_step`` on the device, without waiting for it.
 
@@ -358,6 +472,9 @@ def ewc_sgd_step(
         params, grads, momentum_buffers, fishers, anchors: θ, ∇, b, F, θ*; all of one device, and
             those of a row dense, of one shape and laid out alike.
         clip, grad_scale: numbers, or tensors of one element on that device.
+        fisher_scales: of an F in 8 bits.
+        found_inf: one element on that device; where it is not 0, nothing is written.
+        rounding, first_elements: see ``bdu.reference``.
 
     Returns:
         ½ λ Σ F d² at θ before the step, 0-dim float32 on that device.
@@ -368,19 +485,22 @@ def ewc_sgd_step(
         momentum_buffers = [None] * len(params)
     update_fisher = batch_fisher_decay is not None and not maximize
     fishers, anchors = _pulled(fishers, anchors, ewc_lambda, update_fisher)
+    scales = _scales(fishers, fisher_scales)
     scalars = _pull_scalars(
-        lr, weight_decay, maximize, clip, grad_scale, ewc_lambda, batch_fisher_decay
-    )
+        lr, weight_decay, maximize, clip, grad_scale, ewc_lambda, batch_fisher_decay, found_inf,
+        rounding,
+    )  # fmt: skip
     sgd = SgdScalars(float(momentum), 1.0 - dampening)
     partials = _run(
         ewc_sgd_kernel,
-        (params, grads, momentum_buffers, fishers, anchors),
+        (params, grads, momentum_buffers, fishers, anchors, scales),
         (scalars, sgd),
         lambda dtypes: {
             "PULL": _PULL[mode] if dtypes[4] is not None else _NONE.value,
             "NESTEROV": bool(nesterov),
             "UPDATE_FISHER": update_fisher and dtypes[3] is not None,
         },
+        first_elements=first_elements,
     )
     return _penalty(partials, anchors, ewc_lambda)
 
@@ -404,6 +524,10 @@ def ewc_adamw_step(
     clip: float | Tensor = 1.0,
     grad_scale: float | Tensor = 1.0,
     batch_fisher_decay: float | None = None,
+    fisher_scales: Sequence[Tensor | None] | None = None,
+    found_inf: Tensor | None = None,
+    rounding: Rounding | None = None,
+    first_elements: Sequence[int] | None = None,
 ) -> Tensor:
     """``bdu.reference.ewc_adamw_step`` on the device, without waiting for it.
 
@@ -415,6 +539,9 @@ def ewc_adamw_step(
             device, and those of a row dense, of one shape and laid out alike.
         steps: t of each tensor, shape (len(params),), float32 on that device, counted up already.
         clip, grad_scale: numbers, or tensors of one element on that device.
+        fisher_scales: of an F in 8 bits.
+        found_inf: one element on that device; where it is not 0, nothing is written.
+        rounding, first_elements: see ``bdu.reference``.
 
     Returns:
         ½ λ Σ F d² at θ before the step, 0-dim float32 on that device.
@@ -426,21 +553,24 @@ def ewc_adamw_step(
         )
     update_fisher = batch_fisher_decay is not None and not maximize
     fishers, anchors = _pulled(fishers, anchors, ewc_lambda, update_fisher)
+    scales = _scales(fishers, fisher_scales)
     scalars = _pull_scalars(
-        lr, weight_decay, maximize, clip, grad_scale, ewc_lambda, batch_fisher_decay
-    )
+        lr, weight_decay, maximize, clip, grad_scale, ewc_lambda, batch_fisher_decay, found_inf,
+        rounding,
+    )  # fmt: skip
     beta1, beta2 = betas
     adamw = AdamwScalars(
         1.0 - beta1, float(beta2), 1.0 - beta2, _log(beta1), _log(beta2), float(eps)
     )
     partials = _run(
         ewc_adamw_kernel,
-        (params, grads, exp_avgs, exp_avg_sqs, fishers, anchors),
+        (params, grads, exp_avgs, exp_avg_sqs, fishers, anchors, scales),
         (steps, scalars, adamw),
         lambda dtypes: {
             "PULL": _PULL[mode] if dtypes[5] is not None else _NONE.value,
             "UPDATE_FISHER": update_fisher and dtypes[4] is not None,
         },
+        first_elements=first_elements,
     )
     return _penalty(partials, anchors, ewc_lambda)
 
@@ -485,6 +615,7 @@ def _column(tensors: Sequence[Tensor | None]) -> _Column:
 def _groups(
     columns: tuple[_Column, ...],
     numels: tuple[int, ...],
+    first_elements: tuple[int, ...],
     device: torch.device,
     stream: int,
 ) -> tuple[_Group, ...]:
@@ -502,7 +633,8 @@ def _groups(
     for (dtypes, aligned), positions in members.items():
         chunks = list(accumulate((triton.cdiv(numels[i], BLOCK) for i in positions), initial=0))
         addresses = [[address[i] for i in positions] for address, _ in columns]
-        rows = [chunks[:-1], [numels[i] for i in positions], positions, *addresses]
+        first = [first_elements[i] for i in positions]
+        rows = [chunks[:-1], [numels[i] for i in positions], positions, first, *addresses]
         # From pinned memory the upload does not wait for what the device is doing.
         table = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda")
         table = table.to(device, non_blocking=True)
@@ -516,13 +648,18 @@ def _run(
     arguments: tuple[Any, ...],
     switches: Any,
     partial_dtype: torch.dtype = torch.float32,
+    first_elements: Sequence[int] | None = None,
 ) -> Tensor:
     """Launch ``kernel`` over all rows; returns the partial sum of every chunk, in their order."""
     device = columns[0][0].device if columns[0] else torch.device("cpu")
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    numels = tuple(map(Tensor.numel, columns[0]))
     groups = _groups(
         tuple(map(_column, columns)),
-        tuple(map(Tensor.numel, columns[0])),
+        numels,
+        tuple(accumulate(numels, initial=0))[:-1]
+        if first_elements is None
+        else tuple(first_elements),
         device,
         stream,
     )
@@ -570,6 +707,15 @@ def _pulled(
     )
 
 
+def _scales(
+    fishers: Sequence[Tensor | None], scales: Sequence[Tensor | None] | None
+) -> list[Tensor | None]:
+    """The scales of those F that are read."""
+    if scales is None:
+        return [None] * len(fishers)
+    return [None if f is None else z for f, z in zip(fishers, scales, strict=True)]
+
+
 def _penalty(partials: Tensor, anchors: Sequence[Tensor | None], ewc_lambda: float) -> Tensor:
     if all(anchor is None for anchor in anchors):
         return torch.zeros((), device=partials.device)
@@ -584,6 +730,8 @@ def _pull_scalars(
     grad_scale: float | Tensor,
     ewc_lambda: float,
     batch_fisher_decay: float | None,
+    found_inf: Tensor | None,
+    rounding: Rounding | None,
 ) -> PullScalars:
     known_clip = 1.0 if isinstance(clip, Tensor) else clip
     known_scale = 1.0 if isinstance(grad_scale, Tensor) else grad_scale
@@ -593,12 +741,30 @@ def _pull_scalars(
         inverse_scale=1.0 / known_scale,
         clip=clip if isinstance(clip, Tensor) else None,
         grad_scale=grad_scale if isinstance(grad_scale, Tensor) else None,
+        found_inf=found_inf,
+        rounding_key=None if rounding is None else _key(rounding),
         ewc_lambda=float(ewc_lambda),
         lr_lambda=float(lr * ewc_lambda),
         fisher_decay=float(batch_fisher_decay or 0.0),
         weight_decay=float(weight_decay),
         lr=float(lr),
     )
+
+
+def _key(rounding: Rounding) -> int:
+    """What ``bdu.rounding`` makes of seed and step before it looks at an element, times two."""
+    seed, step = rounding
+    # Always odd and of 64 bits: Triton compiles anew for a number of 32, for 1 and for one that 16
+    # divides.
+    high = _mixed_number(((seed >> 32) + 0x9E3779B9) & 0xFFFFFFFF)
+    key = _mixed_number(_mixed_number((high ^ seed) & 0xFFFFFFFF) ^ (int(step) & 0xFFFFFFFF))
+    return (1 << 40) | (key << 1) | 1
+
+
+def _mixed_number(x: int) -> int:
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+    return x ^ (x >> 16)
 
 
 def _log(beta: float) -> float:

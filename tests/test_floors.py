@@ -32,6 +32,8 @@ FLOORS = {
     "bdu.runs": 2,
     "bdu.ops": 1,
     "bdu.reference": 0,
+    "bdu.quantization": 0,
+    "bdu.rounding": 0,
     "bdu.native": 0,
     "bdu.cuda": 0,
     "bdu.dispatch": 0,

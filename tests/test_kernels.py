@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,23 @@ import torch
 
 from bdu.kernels import ewc_step
 
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "u8": 1, "i8": 1, None: 0}
 COLUMNS = {
-    "ewc_sgd_kernel": ("PARAM", "GRAD", "MOMENTUM_BUFFER", "FISHER", "ANCHOR"),
-    "ewc_adamw_kernel": ("PARAM", "GRAD", "EXP_AVG", "EXP_AVG_SQ", "FISHER", "ANCHOR"),
+    "ewc_sgd_kernel": ("PARAM", "GRAD", "MOMENTUM_BUFFER", "FISHER", "ANCHOR", "FISHER_SCALE"),
+    "ewc_adamw_kernel": (
+        *("PARAM", "GRAD", "EXP_AVG", "EXP_AVG_SQ", "FISHER", "ANCHOR", "FISHER_SCALE"),
+    ),
     "square_sum_kernel": ("GRAD",),
 }
 WRITTEN = {"ewc_sgd_kernel": (0, 2), "ewc_adamw_kernel": (0, 2, 3), "square_sum_kernel": ()}
 
 
 def case(kernel: str, *dtypes: str | None, arch: int = 90, **changes: Any) -> dict[str, Any]:
-    """One kernel to compile; a single dtype is that of all columns."""
+    """One kernel to compile; a single dtype is that of all columns but the scale of F."""
+    columns = len(COLUMNS[kernel]) - (kernel != "square_sum_kernel")
     if len(dtypes) == 1:
-        dtypes *= len(COLUMNS[kernel])
+        dtypes *= columns
+    dtypes += (None,) * (len(COLUMNS[kernel]) - len(dtypes))
     return {"kernel": kernel, "dtypes": dtypes, "arch": arch, **changes}
 
 
@@ -49,7 +54,14 @@ ALIGNED = {
     "norm-bf16-sm80": case("square_sum_kernel", "bf16", arch=80),
     "norm-fp32-sm100": case("square_sum_kernel", "fp32", arch=100),
 }
-OTHERS = {
+SMALL_SGD = ("bf16", "bf16", "bf16", "u8", "bf16", "bf16")
+SMALL_ADAMW = ("bf16", "bf16", "bf16", "bf16", "i8", "bf16", "bf16")
+IN_8_BITS = {
+    "sgd-8-bits": case("ewc_sgd_kernel", *SMALL_SGD, rounding=True),
+    "sgd-8-bits-sm80": case("ewc_sgd_kernel", *SMALL_SGD, arch=80),
+    "adamw-8-bits-sm100": case("ewc_adamw_kernel", *SMALL_ADAMW, arch=100, rounding=True),
+}
+OTHERS = IN_8_BITS | {
     "sgd-not-aligned": case("ewc_sgd_kernel", "fp32", ALIGNED=False),
     "sgd-batch-fisher": case("ewc_sgd_kernel", "bf16", UPDATE_FISHER=True, on_device=True),
     "sgd-plain": case("ewc_sgd_kernel", "fp32", "fp32", None, None, None, PULL=0),
@@ -70,17 +82,19 @@ def compile_case(settings: dict[str, Any]) -> dict[str, Any]:
     kernel = getattr(ewc_step, settings.pop("kernel"))
     target = GPUTarget("cuda", settings.pop("arch"), 32)
     on_device = "*fp32" if settings.pop("on_device", False) else "constexpr"
+    rounding = "i64" if settings.pop("rounding", False) else "constexpr"
     types = {
         "table": "*i64",
         "rows": "i32",
         "partials": "*fp64" if kernel is ewc_step.square_sum_kernel else "*fp32",
         "first_partial": "i32",
         "steps": "*fp32",
-        "s": ewc_step.PullScalars("fp32", "fp32", on_device, on_device, *["fp32"] * 5),
+        "s": ewc_step.PullScalars("fp32", "fp32", *[on_device] * 3, rounding, *["fp32"] * 5),
         "sgd": ewc_step.SgdScalars(*["fp32"] * 2),
         "adamw": ewc_step.AdamwScalars(*["fp32"] * 6),
     }
     dtype = {None: None, "fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
+    dtype |= {"u8": tl.uint8, "i8": tl.int8}
     columns = zip(COLUMNS[kernel.__name__], settings.pop("dtypes"), strict=True)
     constants: dict[Any, Any] = {name: dtype[kind] for name, kind in columns}
     switches = {"ALIGNED": True, "PULL": 2, "NESTEROV": False, "UPDATE_FISHER": False}
@@ -88,7 +102,9 @@ def compile_case(settings: dict[str, Any]) -> dict[str, Any]:
     constants |= {name: value for name, value in switches.items() if name in kernel.arg_names}
     if "s" in kernel.arg_names and on_device == "constexpr":
         place = kernel.arg_names.index("s")
-        constants |= {(place, 2): None, (place, 3): None}
+        constants |= {(place, field): None for field in (2, 3, 4)}
+    if "s" in kernel.arg_names and rounding == "constexpr":
+        constants[kernel.arg_names.index("s"), 5] = None
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     options = {"num_warps": ewc_step.NUM_WARPS, "enable_fp_fusion": False}
     compiled = triton.compile(ASTSource(kernel, signature, constants), target, options)
@@ -155,6 +171,7 @@ def count(ptx: str, pattern: str) -> int:
 
 
 LOAD_128 = r"ld\.global\S*\.(?:v4\.[bu]32|v2\.[bu]64|b128)"
+LOAD_64 = r"ld\.global\S*\.(?:v2\.[bu]32|b64) \{? ?%r[^d].*"
 STORE_128 = r"st\.global\S*\.(?:v4\.[bu]32|v2\.[bu]64|b128)"
 
 
@@ -167,6 +184,17 @@ def test_aligned_rows_are_moved_128_bits_at_a_time(
     ptx = compiled[name]["ptx"]
     assert count(ptx, LOAD_128) == sum(words)
     assert count(ptx, STORE_128) == sum(words[i] for i in WRITTEN[CASES[name]["kernel"]])
+
+
+@pytest.mark.parametrize("name", IN_8_BITS)
+def test_a_fisher_in_8_bits_is_read_8_entries_at_a_time(
+    name: str, compiled: dict[str, dict[str, Any]]
+) -> None:
+    ptx, case = compiled[name]["ptx"], CASES[name]
+    halves = [dtype == "bf16" for dtype in case["dtypes"][:-1]]
+    assert count(ptx, LOAD_128) == sum(halves)
+    assert count(ptx, STORE_128) == len(WRITTEN[case["kernel"]])
+    assert count(ptx, LOAD_64) == 1
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -216,7 +244,8 @@ def column(*dtypes: torch.dtype, first_address: int = 1 << 20) -> Column:
 
 
 def groups(*columns: Column, numels: tuple[int, ...]) -> tuple[Any, ...]:
-    return ewc_step._groups(columns, numels, torch.device("cpu"), 0)
+    first = tuple(accumulate(numels, initial=0))[:-1]
+    return ewc_step._groups(columns, numels, first, torch.device("cpu"), 0)
 
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -241,6 +270,7 @@ def test_a_table_holds_the_chunks_the_sizes_and_the_addresses() -> None:
         [0, 1, 3],
         [block, block + 1, 1],
         [0, 2, 3],
+        [0, block, 2 * block + 1],
         [params[0][i] for i in (0, 2, 3)],
         [0, 0, 0],
     ]

@@ -47,7 +47,9 @@ void to_float16s(const float* in, std::uint16_t* out, int n) {
   for (; i < n; ++i) out[i] = to_float16(in[i]);
 }
 
-Stored stored_as(std::initializer_list<View> columns) {
+// Stochastic rounding has no kernel of its own for bfloat16: the mixed one does it.
+Stored stored_as(std::initializer_list<View> columns, const Rounding& rounding) {
+  if (rounding.is_stochastic) return Stored::mixed;
   bool all_float32 = true, all_bfloat16 = true;
   for (const View& view : columns) {
     if (view.data == nullptr) continue;
@@ -84,6 +86,7 @@ class Block {
       at_[i] = to_bfloat16(value);
   }
   void store(std::int64_t, int) {}
+  void store_param(const Rounding&, std::int64_t, std::int64_t, int) {}
 
  private:
   Element *data_, *at_ = nullptr;
@@ -100,6 +103,7 @@ class Block<Stored::mixed> {
       std::memcpy(value_, static_cast<const float*>(view_.data) + offset, n * sizeof(float));
       return;
     }
+    if (bytes_of(view_.dtype) == 1) return load_8_bits(offset, n);
     const auto* in = static_cast<const std::uint16_t*>(view_.data) + offset;
     if (view_.dtype == Dtype::float16) return from_float16s(in, value_, n);
 #pragma omp simd
@@ -119,7 +123,28 @@ class Block<Stored::mixed> {
     for (int i = 0; i < n; ++i) out[i] = to_bfloat16(value_[i]);
   }
 
+  // As a parameter, which may be rounded stochastically.
+  void store_param(const Rounding& rounding, std::int64_t element, std::int64_t offset, int n) {
+    if (!rounding.is_stochastic || view_.dtype != Dtype::bfloat16) return store(offset, n);
+    auto* out = static_cast<std::uint16_t*>(view_.data) + offset;
+#pragma omp simd
+    for (int i = 0; i < n; ++i)
+      out[i] = to_bfloat16_stochastic(value_[i], random_bits(rounding, element + i));
+  }
+
  private:
+  void load_8_bits(std::int64_t offset, int n) {
+    static_assert(kBlock == kScaleBlock, "a block has one scale");
+    const auto* in = static_cast<const std::uint8_t*>(view_.data) + offset;
+    const float scale = scale_of_8_bits(view_.dtype, view_.scale[offset / kScaleBlock]);
+    if (view_.dtype == Dtype::square_root_8) {
+#pragma omp simd
+      for (int i = 0; i < n; ++i) value_[i] = from_8_bits(Dtype::square_root_8, in[i], scale);
+    } else {
+      for (int i = 0; i < n; ++i) value_[i] = from_8_bits(Dtype::logarithmic_8, in[i], scale);
+    }
+  }
+
   View view_;
   alignas(64) float value_[kBlock];
 };
@@ -194,7 +219,7 @@ double ewc_sgd_chunk(const SgdChunk& chunk, const SgdScalars& scalars) {
       param.set(i, next);
     }
     if (has_pull) penalty.add(contribution, n);
-    param.store(offset, n);
+    param.store_param(s.pull.rounding, chunk.first_element + offset, offset, n);
     if (has_momentum) momentum_buffer.store(offset, n);
     if (update_fisher) fisher.store(offset, n);
   });
@@ -233,7 +258,7 @@ double ewc_adamw_chunk(const AdamwChunk& chunk, const AdamwScalars& scalars) {
       param.set(i, next);
     }
     if (has_pull) penalty.add(contribution, n);
-    param.store(offset, n);
+    param.store_param(s.pull.rounding, chunk.first_element + offset, offset, n);
     exp_avg.store(offset, n);
     exp_avg_sq.store(offset, n);
     if (update_fisher) fisher.store(offset, n);
@@ -279,7 +304,7 @@ double ewc_adamw_stored(const AdamwChunk& chunk, const AdamwScalars& s, const Sw
 }
 
 double ewc_sgd(const SgdChunk& c, const SgdScalars& s, const Switches& on) {
-  switch (stored_as({c.param, c.grad, c.momentum_buffer, c.fisher, c.anchor})) {
+  switch (stored_as({c.param, c.grad, c.momentum_buffer, c.fisher, c.anchor}, s.pull.rounding)) {
     case Stored::float32: return ewc_sgd_stored<Stored::float32>(c, s, on);
     case Stored::bfloat16: return ewc_sgd_stored<Stored::bfloat16>(c, s, on);
     default: return ewc_sgd_stored<Stored::mixed>(c, s, on);
@@ -287,7 +312,8 @@ double ewc_sgd(const SgdChunk& c, const SgdScalars& s, const Switches& on) {
 }
 
 double ewc_adamw(const AdamwChunk& c, const AdamwScalars& s, const Switches& on) {
-  switch (stored_as({c.param, c.grad, c.exp_avg, c.exp_avg_sq, c.fisher, c.anchor})) {
+  switch (
+      stored_as({c.param, c.grad, c.exp_avg, c.exp_avg_sq, c.fisher, c.anchor}, s.pull.rounding)) {
     case Stored::float32: return ewc_adamw_stored<Stored::float32>(c, s, on);
     case Stored::bfloat16: return ewc_adamw_stored<Stored::bfloat16>(c, s, on);
     default: return ewc_adamw_stored<Stored::mixed>(c, s, on);
@@ -316,7 +342,7 @@ double square_sum_stored(const View& view, std::int64_t numel) {
 }
 
 double square_sum(const View& view, std::int64_t numel) {
-  switch (stored_as({view})) {
+  switch (stored_as({view}, Rounding{})) {
     case Stored::float32: return square_sum_stored<Stored::float32>(view, numel);
     case Stored::bfloat16: return square_sum_stored<Stored::bfloat16>(view, numel);
     default: return square_sum_stored<Stored::mixed>(view, numel);

@@ -13,15 +13,16 @@ constexpr std::int64_t kChunk = 16384;
 struct View { // elements [0, n) of one column; data is null where the tensor has none
   void* data;
   Dtype dtype;
+  const std::uint16_t* scale; // of a Fisher in 8 bits, one a block
 };
 
 struct SgdChunk {
-  std::int64_t n;
+  std::int64_t n, first_element;
   View param, grad, momentum_buffer, fisher, anchor;
 };
 
 struct AdamwChunk {
-  std::int64_t n;
+  std::int64_t n, first_element;
   View param, grad, exp_avg, exp_avg_sq, fisher, anchor;
 };
 

@@ -55,12 +55,13 @@ class Chunks {
   std::vector<std::int64_t> first_;
 };
 
-View view_of(const Column& column, const Chunk& chunk) {
+View view_of(const Column& column, const Chunk& chunk, const Column* scale = nullptr) {
   const auto dtype = static_cast<Dtype>(column.dtype[chunk.tensor]);
   const std::int64_t address = column.address[chunk.tensor];
-  if (address == 0) return {nullptr, dtype};
-  const std::int64_t size = dtype == Dtype::float32 ? 4 : 2;
-  return {reinterpret_cast<void*>(address + chunk.offset * size), dtype};
+  if (address == 0) return {nullptr, dtype, nullptr};
+  const std::int64_t scales = scale == nullptr ? 0 : scale->address[chunk.tensor];
+  return {reinterpret_cast<void*>(address + chunk.offset * bytes_of(dtype)), dtype,
+          reinterpret_cast<const std::uint16_t*>(scales) + chunk.offset / kScaleBlock};
 }
 
 // Calls f(chunk) for every chunk and adds what it returns in the order of the chunks. Runs of
@@ -96,10 +97,11 @@ double ewc_sgd_step(const SgdTable& table, const SgdScalars& scalars, const Swit
   const Chunks chunks(table.tensors, table.numel);
   return sum_over_chunks(chunks, threads, [&](const Chunk& c) {
     const SgdChunk chunk{c.n,
+                         table.first_element[c.tensor] + c.offset,
                          view_of(table.param, c),
                          view_of(table.grad, c),
                          view_of(table.momentum_buffer, c),
-                         view_of(table.fisher, c),
+                         view_of(table.fisher, c, &table.fisher_scale),
                          view_of(table.anchor, c)};
     return k.ewc_sgd(chunk, scalars, switches_of(switches, chunk.fisher, chunk.anchor));
   });
@@ -126,11 +128,12 @@ double ewc_adamw_step(const AdamwTable& table, const AdamwScalars& scalars,
   }
   return sum_over_chunks(chunks, threads, [&](const Chunk& c) {
     const AdamwChunk chunk{c.n,
+                           table.first_element[c.tensor] + c.offset,
                            view_of(table.param, c),
                            view_of(table.grad, c),
                            view_of(table.exp_avg, c),
                            view_of(table.exp_avg_sq, c),
-                           view_of(table.fisher, c),
+                           view_of(table.fisher, c, &table.fisher_scale),
                            view_of(table.anchor, c)};
     return k.ewc_adamw(chunk, own[c.tensor], switches_of(switches, chunk.fisher, chunk.anchor));
   });

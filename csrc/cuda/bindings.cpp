@@ -3,6 +3,7 @@
 
 #include <stdexcept>
 
+#include "../scalars.h"
 #include "launch.h"
 
 namespace py = pybind11;
@@ -27,19 +28,6 @@ Launch make_launch(std::uintptr_t cells, std::int64_t tensors, std::int64_t tile
           pointer<unsigned>(ticket),
           device,
           stream};
-}
-
-PullScalars pull_scalars(double lr, double weight_decay, double sign, double clip,
-                         double grad_scale, double ewc_lambda, double fisher_decay) {
-  PullScalars s;
-  s.grad_factor = static_cast<float>(sign * clip / grad_scale);
-  s.inverse_scale = static_cast<float>(1.0 / grad_scale);
-  s.ewc_lambda = static_cast<float>(ewc_lambda);
-  s.lr_lambda = static_cast<float>(lr * ewc_lambda);
-  s.fisher_decay = static_cast<float>(fisher_decay);
-  s.weight_decay = static_cast<float>(weight_decay);
-  s.lr = static_cast<float>(lr);
-  return s;
 }
 
 void run_sgd(const Launch& launch, const SgdStep& step) {
@@ -79,21 +67,23 @@ void bind(py::module_& m) {
            py::arg("ticket"), py::arg("device"), py::arg("stream"));
   py::class_<OnDevice>(m, "CudaOnDevice")
       .def(py::init([](std::uintptr_t clip, std::uintptr_t grad_scale, std::uintptr_t found_inf,
-                       std::uintptr_t lr, std::uintptr_t ewc_lambda) {
-             return OnDevice{pointer<const float>(clip), pointer<const float>(grad_scale),
-                             pointer<const float>(found_inf), pointer<const float>(lr),
-                             pointer<const float>(ewc_lambda)};
+                       std::uintptr_t lr, std::uintptr_t ewc_lambda, std::uintptr_t rounding_step) {
+             return OnDevice{
+                 pointer<const float>(clip),       pointer<const float>(grad_scale),
+                 pointer<const float>(found_inf),  pointer<const float>(lr),
+                 pointer<const float>(ewc_lambda), pointer<const std::int64_t>(rounding_step)};
            }),
            py::kw_only(), py::arg("clip"), py::arg("grad_scale"), py::arg("found_inf"),
-           py::arg("lr"), py::arg("ewc_lambda"));
+           py::arg("lr"), py::arg("ewc_lambda"), py::arg("rounding_step"));
   m.def(
       "cuda_ewc_sgd_step",
       [](const Launch& launch, const OnDevice& on_device, double lr, double momentum,
          double dampening, bool nesterov, double weight_decay, double sign, double clip,
-         double grad_scale, double ewc_lambda, int pull, double fisher_decay, bool update_fisher) {
+         double grad_scale, double ewc_lambda, int pull, double fisher_decay, bool update_fisher,
+         const Rounding& rounding) {
         SgdStep step{};
-        step.scalars.pull =
-            pull_scalars(lr, weight_decay, sign, clip, grad_scale, ewc_lambda, fisher_decay);
+        step.scalars.pull = pull_scalars(lr, weight_decay, sign, clip, grad_scale, ewc_lambda,
+                                         fisher_decay, rounding);
         step.scalars.momentum = static_cast<float>(momentum);
         step.scalars.one_minus_dampening = static_cast<float>(1.0 - dampening);
         step.on_device = on_device;
@@ -105,16 +95,16 @@ void bind(py::module_& m) {
       py::arg("launch"), py::arg("on_device"), py::kw_only(), py::arg("lr"), py::arg("momentum"),
       py::arg("dampening"), py::arg("nesterov"), py::arg("weight_decay"), py::arg("sign"),
       py::arg("clip"), py::arg("grad_scale"), py::arg("ewc_lambda"), py::arg("pull"),
-      py::arg("fisher_decay"), py::arg("update_fisher"));
+      py::arg("fisher_decay"), py::arg("update_fisher"), py::arg("rounding"));
   m.def(
       "cuda_ewc_adamw_step",
       [](const Launch& launch, const OnDevice& on_device, std::uintptr_t steps, double lr,
          double beta1, double beta2, double log_beta1, double log_beta2, double epsilon,
          double weight_decay, double sign, double clip, double grad_scale, double ewc_lambda,
-         int pull, double fisher_decay, bool update_fisher) {
+         int pull, double fisher_decay, bool update_fisher, const Rounding& rounding) {
         AdamwStep step{};
-        step.scalars.pull =
-            pull_scalars(lr, weight_decay, sign, clip, grad_scale, ewc_lambda, fisher_decay);
+        step.scalars.pull = pull_scalars(lr, weight_decay, sign, clip, grad_scale, ewc_lambda,
+                                         fisher_decay, rounding);
         step.scalars.beta1 = static_cast<float>(beta1);
         step.scalars.one_minus_beta1 = static_cast<float>(1.0 - beta1);
         step.scalars.beta2 = static_cast<float>(beta2);
@@ -131,7 +121,7 @@ void bind(py::module_& m) {
       py::arg("beta1"), py::arg("beta2"), py::arg("log_beta1"), py::arg("log_beta2"),
       py::arg("epsilon"), py::arg("weight_decay"), py::arg("sign"), py::arg("clip"),
       py::arg("grad_scale"), py::arg("ewc_lambda"), py::arg("pull"), py::arg("fisher_decay"),
-      py::arg("update_fisher"));
+      py::arg("update_fisher"), py::arg("rounding"));
   m.def("cuda_grad_norm", &run_norm, py::arg("launch"), py::arg("column"));
 }
 

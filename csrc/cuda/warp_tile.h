@@ -34,7 +34,8 @@ class Table {
   BDU_HD std::int64_t numel(std::int64_t tensor) const { return cells_[tensors_ + tensor]; }
   // Four bits a column, the first lowest.
   BDU_HD std::int64_t dtypes(std::int64_t tensor) const { return cells_[2 * tensors_ + tensor]; }
-  // 0 where the tensor has no such column.
+  // 0 where the tensor has no such column. Behind the addresses: the first element's number,
+  // counted over all tensors of the optimizer.
   BDU_HD std::int64_t address(int column, std::int64_t tensor) const {
     return cells_[(3 + column) * tensors_ + tensor];
   }
@@ -81,11 +82,17 @@ class Vector {
   static constexpr bool kWide = stored == Stored::float32 || stored == Stored::mixed;
 
  public:
-  BDU_HD Vector(const Table& table, const Tile& tile, int column)
+  // A Fisher in 8 bits has its scales in another column.
+  BDU_HD Vector(const Table& table, const Tile& tile, int column, int scale_column = -1)
       : address_(table.address(column, tile.tensor)),
         dtype_(stored == Stored::mixed ? static_cast<Dtype>((tile.dtypes >> (4 * column)) & 15)
                                        : static_cast<Dtype>(stored)) {
-    if (address_ != 0) address_ += tile.start * (is_float32() ? 4 : 2);
+    if (address_ != 0) address_ += tile.start * bytes_of(dtype_);
+    if constexpr (stored == Stored::mixed) {
+      if (scale_column >= 0 && bytes_of(dtype_) == 1)
+        scales_ = reinterpret_cast<const std::uint16_t*>(table.address(scale_column, tile.tensor)) +
+                  tile.start / kScaleBlock;
+    }
   }
 
   BDU_HD bool is_there() const { return address_ != 0; }
@@ -101,6 +108,18 @@ class Vector {
       } else {
         BDU_UNROLL for (int j = 0; j < kVector; ++j) word(j) = j < n ? in[j] : 0u;
       }
+    } else if (is_8_bits()) {
+      const auto* in = reinterpret_cast<const std::uint8_t*>(address_) + index;
+      scale_ = scales_[index / kScaleBlock];
+      if (whole) {
+        const auto both = *reinterpret_cast<const std::uint64_t*>(in);
+        word(0) = static_cast<std::uint32_t>(both);
+        word(1) = static_cast<std::uint32_t>(both >> 32);
+      } else {
+        word(0) = word(1) = 0u;
+        BDU_UNROLL for (int j = 0; j < kVector; ++j) word(j / 4) |=
+            (j < n ? std::uint32_t{in[j]} : 0u) << (8 * (j % 4));
+      }
     } else {
       const auto* in = reinterpret_cast<const std::uint16_t*>(address_) + index;
       if (whole) {
@@ -114,6 +133,9 @@ class Vector {
 
   BDU_HD float get(int j) const {
     if (is_float32()) return float_of(word(j));
+    if (is_8_bits())
+      return from_8_bits(dtype_, static_cast<std::uint8_t>(word(j / 4) >> (8 * (j % 4))),
+                         scale_of_8_bits(dtype_, scale_));
     const auto half = static_cast<std::uint16_t>(word(j / 2) >> (16 * (j & 1)));
     return dtype_ == Dtype::bfloat16 ? from_bfloat16(half) : from_float16(half);
   }
@@ -123,9 +145,15 @@ class Vector {
       word(j) = bits_of(value);
       return;
     }
-    const std::uint32_t half = dtype_ == Dtype::bfloat16 ? to_bfloat16(value) : to_float16(value);
-    std::uint32_t& both = word(j / 2);
-    both = j & 1 ? (both & 0x0000ffffu) | half << 16 : (both & 0xffff0000u) | half;
+    set_half(j, dtype_ == Dtype::bfloat16 ? to_bfloat16(value) : to_float16(value));
+  }
+
+  // As a parameter, which may be rounded stochastically; `element` is that of j = 0.
+  BDU_HD void set_param(int j, float value, const Rounding& rounding, std::int64_t element) {
+    if (stored == Stored::mixed && rounding.is_stochastic && dtype_ == Dtype::bfloat16)
+      set_half(j, to_bfloat16_stochastic(value, random_bits(rounding, element + j)));
+    else
+      set(j, value);
   }
 
   BDU_HD void store(int index, int n, bool whole) const {
@@ -149,18 +177,26 @@ class Vector {
   }
 
  private:
+  BDU_HD void set_half(int j, std::uint32_t half) {
+    std::uint32_t& both = word(j / 2);
+    both = j & 1 ? (both & 0x0000ffffu) | half << 16 : (both & 0xffff0000u) | half;
+  }
   BDU_HD bool is_float32() const { return dtype_ == Dtype::float32; }
+  BDU_HD bool is_8_bits() const { return stored == Stored::mixed && bytes_of(dtype_) == 1; }
   BDU_HD std::uint32_t word(int j) const { return pack_[kWide ? j / 4 : 0].word[j % 4]; }
   BDU_HD std::uint32_t& word(int j) { return pack_[kWide ? j / 4 : 0].word[j % 4]; }
 
   std::int64_t address_;
   Dtype dtype_;
   Pack pack_[kWide ? 2 : 1] = {};
+  const std::uint16_t* scales_ = nullptr;
+  std::uint16_t scale_ = 0;
 };
 
 // Values that only the device knows; null where the host has put them into the scalars.
 struct OnDevice {
   const float *clip, *grad_scale, *found_inf, *lr, *ewc_lambda;
+  const std::int64_t* rounding_step;
 
   // GradScaler found a gradient that is not finite: nothing may be written.
   BDU_HD bool is_skipped() const { return found_inf != nullptr && *found_inf != 0.0f; }
@@ -171,6 +207,7 @@ struct OnDevice {
       s.inverse_scale = 1.0f / *grad_scale;
       s.grad_factor *= s.inverse_scale;
     }
+    if (rounding_step != nullptr) s.rounding.step = *rounding_step;
     if (lr != nullptr) s.lr = *lr;
     if (ewc_lambda != nullptr) s.ewc_lambda = *ewc_lambda;
     if (lr != nullptr || ewc_lambda != nullptr) s.lr_lambda = s.lr * s.ewc_lambda;
@@ -188,13 +225,14 @@ BDU_HD float ewc_sgd_lane(const Table& table, std::int64_t index, int lane, cons
                           const Flags& on, bool is_skipped) {
   const Tile tile(table, index);
   Vector<stored> param(table, tile, 0), grad(table, tile, 1), momentum_buffer(table, tile, 2),
-      fisher(table, tile, 3), anchor(table, tile, 4);
+      fisher(table, tile, 3, 5), anchor(table, tile, 4);
   // A tensor without Fisher or anchor is stepped without pull and adds no penalty.
   const bool is_pulled = asked != Pull::none && fisher.is_there() && anchor.is_there();
   const bool has_fisher = is_pulled || (on.update_fisher && fisher.is_there());
   const bool is_aligned =
       param.is_aligned() && grad.is_aligned() && (!has_momentum || momentum_buffer.is_aligned()) &&
       (!has_fisher || fisher.is_aligned()) && (!is_pulled || anchor.is_aligned());
+  const std::int64_t first_element = table.address(6, tile.tensor) + tile.start;
   float penalty = 0.0f;
   for (int i = lane * kVector; i < tile.n; i += kLanes * kVector) {
     const int n = tile.n - i < kVector ? tile.n - i : kVector;
@@ -216,7 +254,7 @@ BDU_HD float ewc_sgd_lane(const Table& table, std::int64_t index, int lane, cons
       if (asked == Pull::proximal && is_pulled) next = proximal_pull(next, f, a, s.pull);
       if (on.update_fisher) fisher.set(j, running_fisher(f, g, s.pull));
       if (has_momentum) momentum_buffer.set(j, momentum);
-      param.set(j, next);
+      param.set_param(j, next, s.pull.rounding, first_element + i);
     }
     penalty += ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
     if (is_skipped) continue;
@@ -245,13 +283,14 @@ BDU_HD float ewc_adamw_lane(const Table& table, std::int64_t index, int lane,
                             const Flags& on, bool is_skipped) {
   const Tile tile(table, index);
   Vector<stored> param(table, tile, 0), grad(table, tile, 1), exp_avg(table, tile, 2),
-      exp_avg_sq(table, tile, 3), fisher(table, tile, 4), anchor(table, tile, 5);
+      exp_avg_sq(table, tile, 3), fisher(table, tile, 4, 6), anchor(table, tile, 5);
   const bool is_pulled = asked != Pull::none && fisher.is_there() && anchor.is_there();
   const bool has_fisher = is_pulled || (on.update_fisher && fisher.is_there());
   const bool is_aligned = param.is_aligned() && grad.is_aligned() && exp_avg.is_aligned() &&
                           exp_avg_sq.is_aligned() && (!has_fisher || fisher.is_aligned()) &&
                           (!is_pulled || anchor.is_aligned());
   const AdamwScalars s = with_bias_corrections(shared, logs.beta1, logs.beta2, steps[tile.tensor]);
+  const std::int64_t first_element = table.address(7, tile.tensor) + tile.start;
   float penalty = 0.0f;
   for (int i = lane * kVector; i < tile.n; i += kLanes * kVector) {
     const int n = tile.n - i < kVector ? tile.n - i : kVector;
@@ -274,7 +313,7 @@ BDU_HD float ewc_adamw_lane(const Table& table, std::int64_t index, int lane,
       if (on.update_fisher) fisher.set(j, running_fisher(f, g, s.pull));
       exp_avg.set(j, first);
       exp_avg_sq.set(j, second);
-      param.set(j, next);
+      param.set_param(j, next, s.pull.rounding, first_element + i);
     }
     penalty += ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
     if (is_skipped) continue;
