@@ -358,7 +358,9 @@ class ParameterTable:
         columns = {name: c for name, c in self.columns.items() if name != "fisher_scale"}
         if dequantized and self._in_8_bits is not None:
             columns["fisher"] = [
-                quantization.dequantize(fisher, scale) if is_8_bits(fisher) else fisher
+                quantization.dequantize(fisher, scale)
+                if fisher is not None and scale is not None
+                else fisher
                 for fisher, scale in zip(
                     columns["fisher"], self.columns["fisher_scale"], strict=True
                 )
@@ -418,13 +420,15 @@ def ewc_sgd_step(
     mode: Mode = "proximal",
     clip: float | Tensor = 1.0,
     grad_scale: float | Tensor = 1.0,
+    found_inf: Tensor | None = None,
     batch_fisher_decay: float | None = None,
     rounding: Rounding | None = None,
 ) -> Tensor:
     """One EWC-anchored SGD step over a table with the columns ``SGD_COLUMNS``, in place.
 
-    The formulas and arguments are those of :func:`bdu.reference.ewc_sgd_step`; ``clip`` and
-    ``grad_scale`` may be 0-dim tensors, ``grads`` what :meth:`ParameterTable.check` returned.
+    The formulas and arguments are those of :func:`bdu.reference.ewc_sgd_step`; ``clip``,
+    ``grad_scale``, ``lr`` and ``ewc_lambda`` may be 0-dim tensors, ``grads`` what
+    :meth:`ParameterTable.check` returned. Where ``found_inf`` (0-dim) is not 0, nothing is written.
 
     Returns:
         ½ λ Σ F d² at θ before the step, 0-dim, on the table's device.
@@ -448,7 +452,7 @@ def ewc_sgd_step(
     }
     if momentum != 0:
         table.require("momentum_buffer", f"with momentum={momentum}")
-    return _step("ewc_sgd_step", table, grads, (), clip, grad_scale, settings)
+    return _step("ewc_sgd_step", table, grads, (), clip, grad_scale, found_inf, settings)
 
 
 def ewc_adamw_step(
@@ -465,14 +469,16 @@ def ewc_adamw_step(
     mode: Mode = "proximal",
     clip: float | Tensor = 1.0,
     grad_scale: float | Tensor = 1.0,
+    found_inf: Tensor | None = None,
     batch_fisher_decay: float | None = None,
     rounding: Rounding | None = None,
 ) -> Tensor:
     """One EWC-anchored AdamW step over a table with the columns ``ADAMW_COLUMNS``, in place.
 
-    The formulas and arguments are those of :func:`bdu.reference.ewc_adamw_step`; ``clip`` and
-    ``grad_scale`` may be 0-dim tensors, ``grads`` what :meth:`ParameterTable.check` returned;
-    ``steps`` is float32, already counted up.
+    The formulas and arguments are those of :func:`bdu.reference.ewc_adamw_step`; ``clip``,
+    ``grad_scale``, ``lr`` and ``ewc_lambda`` may be 0-dim tensors, ``grads`` what
+    :meth:`ParameterTable.check` returned; ``steps`` is float32, already counted up. Where
+    ``found_inf`` (0-dim) is not 0, nothing is written.
 
     Returns:
         ½ λ Σ F d² at θ before the step, 0-dim, on the table's device.
@@ -495,7 +501,7 @@ def ewc_adamw_step(
     }
     table.require("exp_avg", "in every row")
     table.require("exp_avg_sq", "in every row")
-    return _step("ewc_adamw_step", table, grads, (steps,), clip, grad_scale, settings)
+    return _step("ewc_adamw_step", table, grads, (steps,), clip, grad_scale, found_inf, settings)
 
 
 def grad_norm(grads: Sequence[Tensor] | CheckedGrads) -> Tensor:
@@ -545,11 +551,13 @@ def _step(
     extra: tuple[Tensor, ...],
     clip: float | Tensor,
     grad_scale: float | Tensor,
+    found_inf: Tensor | None,
     settings: dict[str, Any],
 ) -> Tensor:
     if not table.params:
         return torch.zeros(())
-    if settings["ewc_lambda"] != 0:
+    ewc_lambda = settings["ewc_lambda"]
+    if isinstance(ewc_lambda, Tensor) or ewc_lambda != 0:
         table.require_anchors()
     checked = grads if isinstance(grads, CheckedGrads) else table.check(operation, grads)
     if checked is None:
@@ -557,6 +565,11 @@ def _step(
     updates_fisher = settings["batch_fisher_decay"] is not None and not settings["maximize"]
     if updates_fisher:
         table.require_floating_fisher()
+    if checked.backend != "cuda":
+        # Only the compiled device code reads them for itself.
+        settings = settings | {name: float(settings[name]) for name in ("lr", "ewc_lambda")}
+    if checked.backend in ("cpp", "reference") and found_inf is not None and bool(found_inf):
+        return torch.zeros((), device=table.device)
     with torch.no_grad():
         table.load_staged()
         if checked.backend == "cpp":
@@ -568,20 +581,21 @@ def _step(
                 **settings,
             )
         elif checked.backend == "cuda":
+            settings = settings | {k: _for_device(settings[k]) for k in ("lr", "ewc_lambda")}
             penalty = getattr(cuda, operation)(
                 table.on_device(checked),
                 *extra,
                 clip=_for_device(clip),
                 grad_scale=_for_device(grad_scale),
-                found_inf=None,
+                found_inf=None if found_inf is None else found_inf.to(torch.float32),
                 **settings,
             )
         else:
             launchers: Any = reference
-            shared = {"clip": clip, "grad_scale": grad_scale}
+            shared: dict[str, Any] = {"clip": clip, "grad_scale": grad_scale}
             if checked.backend == "triton":
                 launchers = _triton_launchers()
-                shared["fisher_scales"] = table.columns["fisher_scale"]
+                shared |= {"fisher_scales": table.columns["fisher_scale"], "found_inf": found_inf}
             penalty = getattr(launchers, operation)(
                 *table.lists(checked.tensors, dequantized=checked.backend == "reference"),
                 *extra,

@@ -94,6 +94,11 @@ def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
     return fisher
 
 
+def map_of(codes: Tensor) -> Map:
+    """The map that the codes are of."""
+    return "square_root" if codes.dtype == torch.uint8 else "logarithmic"
+
+
 def blocks_of(tensor: Tensor) -> int:
     """Scales that a tensor of this many elements has."""
     return -(-tensor.numel() // BLOCK)

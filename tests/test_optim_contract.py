@@ -160,7 +160,8 @@ def test_an_argument_of_one_optimizer_out_of_range_is_named(
 def test_flags_of_torch_are_taken_or_refused_by_name(cls: Any) -> None:
     cls([Parameter(torch.ones(2))], foreach=True, fused=False)
     cls([Parameter(torch.ones(2))], fused=True, capturable=False, differentiable=False)
-    for flags in ({"foreach": True, "fused": True}, {"differentiable": True}, {"capturable": True}):
+    cls([Parameter(torch.ones(2))], capturable=True)
+    for flags in ({"foreach": True, "fused": True}, {"differentiable": True}):
         with pytest.raises(RuntimeError, match=next(iter(flags))):
             cls([Parameter(torch.ones(2))], **flags)
 

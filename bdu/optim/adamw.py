@@ -12,6 +12,8 @@ from bdu import ops
 from bdu.optim.base import (
     SHARED_DEFAULTS,
     EWCOptimizer,
+    Factors,
+    FisherDtype,
     Group,
     Named,
     State,
@@ -43,7 +45,8 @@ class EWCAdamW(EWCOptimizer):
             loss and still descends the penalty.
         amsgrad: only False.
         ewc_lambda, fisher, anchor, mode, max_grad_norm, error_if_nonfinite, batch_fisher_decay,
-        foreach, fused, differentiable, capturable: as in :class:`EWCSGD`.
+        fisher_dtype, anchor_dtype, stochastic_rounding, foreach, fused, differentiable, capturable:
+            as in :class:`EWCSGD`.
 
     Raises:
         ValueError: an argument out of range, or a Fisher that does not fit (:meth:`set_anchor`).
@@ -71,6 +74,9 @@ class EWCAdamW(EWCOptimizer):
         max_grad_norm: float | None = None,
         error_if_nonfinite: bool = False,
         batch_fisher_decay: float | None = None,
+        fisher_dtype: FisherDtype | None = None,
+        anchor_dtype: torch.dtype | None = None,
+        stochastic_rounding: int | None = None,
         foreach: bool | None = None,
         fused: bool | None = None,
         differentiable: bool = False,
@@ -78,7 +84,7 @@ class EWCAdamW(EWCOptimizer):
     ) -> None:
         if amsgrad:
             raise ValueError("amsgrad: EWCAdamW has no amsgrad form; expected False, got True")
-        check_flags(foreach, fused, differentiable, capturable)
+        check_flags(foreach, fused, differentiable)
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -88,12 +94,17 @@ class EWCAdamW(EWCOptimizer):
             "ewc_lambda": ewc_lambda,
             "mode": mode,
             "batch_fisher_decay": batch_fisher_decay,
+            "stochastic_rounding": stochastic_rounding,
+            "rounding_steps": 0,
+            "capturable": capturable,
         }
         super().__init__(
             params,
             defaults,
             fisher=fisher,
             anchor=anchor,
+            fisher_dtype=fisher_dtype,
+            anchor_dtype=anchor_dtype,
             max_grad_norm=max_grad_norm,
             error_if_nonfinite=error_if_nonfinite,
         )
@@ -122,10 +133,11 @@ class EWCAdamW(EWCOptimizer):
                 f"({group['weight_decay']}, inside them)"
             )
 
-    def _launch(self, work: Work, clip: float | Tensor, grad_scale: float | Tensor) -> Tensor:
+    def _launch(self, work: Work, factors: Factors) -> Tensor:
         launch, grads, settings = work
         assert launch.steps is not None
-        launch.steps += 1
+        # The device alone knows whether it writes.
+        launch.steps += 1 if factors.found_inf is None else factors.found_inf == 0
         return ops.ewc_adamw_step(
-            launch.table, grads, launch.steps, clip=clip, grad_scale=grad_scale, **settings
+            launch.table, grads, launch.steps, **factors._asdict(), **settings
         )

@@ -8,23 +8,28 @@ and has nothing left that can fail.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import chain, repeat
+from itertools import accumulate, chain, repeat
 from operator import attrgetter, is_
-from typing import Any, ClassVar, NamedTuple, cast, overload
+from typing import Any, ClassVar, Literal, NamedTuple, cast, overload
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from bdu import ops, reference
+from bdu import ops, quantization, reference
 from bdu.optim.checks import (
     check_at_least_zero,
+    check_capture,
     check_decay,
     check_entry,
     check_finite,
     check_fisher,
+    check_fisher_dtype,
     check_mode,
+    check_scale,
+    check_seed,
 )
+from bdu.rounding import Rounding
 
 Named = Mapping[str, Tensor] | Mapping[Tensor, Tensor]
 Group = dict[str, Any]
@@ -36,9 +41,18 @@ SHARED_DEFAULTS: Mapping[str, Any] = {
     "ewc_lambda": 0.0,
     "mode": "proximal",
     "batch_fisher_decay": None,
+    "stochastic_rounding": None,
+    "rounding_steps": 0,
+    "capturable": False,
 }
 
-_EWC_STATE = ("fisher", "anchor")
+_EWC_STATE = ("fisher", "anchor", "fisher_scale")
+
+FisherDtype = torch.dtype | Literal["8bit", "8bit_logarithmic"]
+_MAPS: Mapping[Any, quantization.Map] = {
+    "8bit": "square_root",
+    "8bit_logarithmic": "logarithmic",
+}
 _END = object()
 _GRAD = attrgetter("grad")
 
@@ -92,6 +106,14 @@ class Work(NamedTuple):
     settings: dict[str, Any]
 
 
+class Factors(NamedTuple):
+    """What the gradients of a step are multiplied with, on the device of the launch."""
+
+    clip: float | Tensor
+    grad_scale: float | Tensor
+    found_inf: Tensor | None  # not 0: the step must not write anything
+
+
 class EWCOptimizer(Optimizer):
     """The base of :class:`bdu.optim.EWCSGD` and :class:`bdu.optim.EWCAdamW`.
 
@@ -99,7 +121,8 @@ class EWCOptimizer(Optimizer):
         params: as ``torch.optim`` takes them.
         defaults: of the groups.
         fisher, anchor: see :meth:`set_anchor`.
-        max_grad_norm, error_if_nonfinite: see :class:`bdu.optim.EWCSGD`.
+        fisher_dtype, anchor_dtype, max_grad_norm, error_if_nonfinite: see
+            :class:`bdu.optim.EWCSGD`.
     """
 
     # GradScaler then hands over grad_scale and found_inf instead of unscaling in a pass of its own.
@@ -123,9 +146,12 @@ class EWCOptimizer(Optimizer):
         *,
         fisher: Named | None,
         anchor: Named | None,
+        fisher_dtype: FisherDtype | None,
+        anchor_dtype: torch.dtype | None,
         max_grad_norm: float | None,
         error_if_nonfinite: bool,
     ) -> None:
+        check_fisher_dtype(fisher_dtype, anchor_dtype, _MAPS)
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm: expected a number > 0, got {max_grad_norm}")
         if anchor is not None and fisher is None:
@@ -133,6 +159,7 @@ class EWCOptimizer(Optimizer):
         self._check_new_group(defaults)
         self.max_grad_norm = max_grad_norm
         self.error_if_nonfinite = error_if_nonfinite
+        self.fisher_dtype, self.anchor_dtype = fisher_dtype, anchor_dtype
         self.penalty = torch.zeros(())
         self._forget_tables()
         # F of others, by parameter: read where it lies, but not to be written.
@@ -145,11 +172,18 @@ class EWCOptimizer(Optimizer):
 
     def _settings(self, group: Group) -> dict[str, Any]:
         """The operation's keyword arguments, or a ValueError where one is out of range."""
+        lr, ewc_lambda = group["lr"], group["ewc_lambda"]
+        if not _stays_on_device(lr, group):
+            lr = check_finite("lr", lr)
+        if not _stays_on_device(ewc_lambda, group):
+            ewc_lambda = check_at_least_zero("ewc_lambda", ewc_lambda)
+        seed = check_seed(group["stochastic_rounding"])
         return {
-            "lr": check_finite("lr", group["lr"]),
+            "rounding": None if seed is None else Rounding(seed, group["rounding_steps"]),
+            "lr": lr,
             "weight_decay": check_at_least_zero("weight_decay", group["weight_decay"]),
             "maximize": bool(group["maximize"]),
-            "ewc_lambda": check_at_least_zero("ewc_lambda", group["ewc_lambda"]),
+            "ewc_lambda": ewc_lambda,
             "mode": check_mode(group["mode"]),
             "batch_fisher_decay": check_decay(group["batch_fisher_decay"]),
         }
@@ -166,7 +200,7 @@ class EWCOptimizer(Optimizer):
         """Whether a row has to be told apart because it was never stepped."""
         return False
 
-    def _launch(self, work: Work, clip: float | Tensor, grad_scale: float | Tensor) -> Tensor:
+    def _launch(self, work: Work, factors: Factors) -> Tensor:
         raise NotImplementedError
 
     # Anchor and Fisher
@@ -187,14 +221,16 @@ class EWCOptimizer(Optimizer):
                 for parameters that have none. Nothing has been changed then.
         """
         new = {
-            param: {"fisher": entry}
+            param: self._stored(entry)
             for param, entry in self._entries("fisher", fisher, required=True).items()
         }
         if fisher is None:
             for _, _, param in self._all_params():
-                attached = self.state.get(param, {}).get("fisher")
-                if attached is not None:
-                    new[param] = {"fisher": attached}
+                attached = self.state.get(param, {})
+                if attached.get("fisher") is not None:
+                    new[param] = {
+                        key: attached[key] for key in ("fisher", "fisher_scale") if key in attached
+                    }
             if not new:
                 raise ValueError("fisher: expected one, as none is attached, got None")
         anchors = self._entries("anchor", anchor, required=False)
@@ -203,7 +239,9 @@ class EWCOptimizer(Optimizer):
                 continue
             if anchor is None:
                 # The table's order, gaps closed.
-                new[param]["anchor"] = torch.empty_like(param, requires_grad=False)
+                new[param]["anchor"] = torch.empty_like(
+                    param, dtype=self.anchor_dtype, requires_grad=False
+                )
             elif param not in anchors:
                 raise ValueError(f"anchor: expected an entry for {name}, got none")
             else:
@@ -211,6 +249,8 @@ class EWCOptimizer(Optimizer):
         for param, state in new.items():
             if anchor is None:
                 state["anchor"].copy_(param.detach())
+            if "fisher_scale" not in state:
+                self.state[param].pop("fisher_scale", None)
             self.state[param].update(state)
             if fisher is not None:
                 self._borrowed[param] = state["fisher"]
@@ -245,7 +285,20 @@ class EWCOptimizer(Optimizer):
         if argument == "fisher":
             check_fisher(found.values())
         own = {param.untyped_storage().data_ptr() for _, _, param in self._all_params()}
-        return {param: _attach(entry, param, own) for param, (_, entry) in found.items()}
+        dtype = self.fisher_dtype if argument == "fisher" else self.anchor_dtype
+        if dtype in _MAPS:
+            dtype = None  # _stored() takes care of it
+        return {
+            param: _attach(entry, param, cast("torch.dtype | None", dtype), own)
+            for param, (_, entry) in found.items()
+        }
+
+    def _stored(self, fisher: Tensor) -> State:
+        """F as the state keeps it."""
+        if self.fisher_dtype not in _MAPS or fisher.numel() < quantization.SMALLEST:
+            return {"fisher": fisher}
+        codes, scale = quantization.quantize(fisher, _MAPS[self.fisher_dtype])
+        return {"fisher": codes, "fisher_scale": scale}
 
     # The step
 
@@ -277,13 +330,21 @@ class EWCOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         found_inf = getattr(self, "found_inf", None)
-        if found_inf is not None and bool(found_inf):
-            return loss
+        if found_inf is not None and found_inf.device.type == "cpu":
+            if bool(found_inf):
+                return loss
+            found_inf = None
         scale = getattr(self, "grad_scale", None)
         grad_scale: float | Tensor = 1.0 if scale is None else scale
         try:
             work = self._work()
+            check_capture(self.param_groups)
             clip = self._clip(work, grad_scale)
+            if found_inf is not None and any(one.launch.is_first for one in work):
+                # Whether it is the first is known to the host alone.
+                if bool(found_inf):
+                    return loss
+                found_inf = None
         except BaseException:
             self._forget_tables()
             self._drop_grad_scale()
@@ -293,10 +354,23 @@ class EWCOptimizer(Optimizer):
         penalties = []
         for one in work:
             device = one.launch.table.device
-            penalties.append(self._launch(one, _on(clip, device), _on(grad_scale, device)))
+            found = None if found_inf is None else found_inf.to(device).reshape(())
+            factors = Factors(_on(clip, device), _on(grad_scale, device), found)
+            penalties.append(self._launch(one, factors))
             one.launch.is_first = False
+        for group in self.param_groups:
+            self._count_rounding(group)
         self.penalty = _sum(penalties)
         return loss
+
+    def _count_rounding(self, group: Group) -> None:
+        if group["stochastic_rounding"] is None:
+            return
+        if group["capturable"] and not isinstance(group["rounding_steps"], Tensor):
+            # A replay has to find another number there than the capture did.
+            device = group["params"][0].device
+            group["rounding_steps"] = torch.tensor(group["rounding_steps"], device=device)
+        group["rounding_steps"] += 1
 
     def _drop_grad_scale(self) -> None:
         # GradScaler removes them only after a step that returns; left here, its next scale would be
@@ -333,12 +407,15 @@ class EWCOptimizer(Optimizer):
                 checked = self._check(launches, rows, grads)
                 assert checked is not None  # just made
             for launch, own in zip(launches, checked, strict=True):
-                if settings["ewc_lambda"] > 0:
+                ewc_lambda = settings["ewc_lambda"]
+                if isinstance(ewc_lambda, Tensor) or ewc_lambda > 0:
+                    given = "a tensor" if isinstance(ewc_lambda, Tensor) else f"{ewc_lambda:g}"
                     launch.table.require(
-                        "fisher",
-                        f"with ewc_lambda={settings['ewc_lambda']:g} (attach it with set_anchor)",
+                        "fisher", f"with ewc_lambda={given} (attach it with set_anchor)"
                     )
                     launch.table.require_anchors()
+                if settings["batch_fisher_decay"] is not None and not settings["maximize"]:
+                    launch.table.require_floating_fisher()
                 work.append(Work(launch, own, settings))
         return work
 
@@ -399,7 +476,16 @@ class EWCOptimizer(Optimizer):
         ]
         columns = {key: [state.get(key) for state in states] for key in self._columns}
         steps, views = self._count_together(states, rows[0].device)
-        table = ops.ParameterTable(rows, columns, [names[id(p)] for p in rows], watched=views)
+        everything = [param for _, _, param in self._all_params()]
+        ends = accumulate((param.numel() for param in everything), initial=0)
+        firsts = dict(zip(map(id, everything), ends, strict=False))
+        table = ops.ParameterTable(
+            rows,
+            columns,
+            [names[id(p)] for p in rows],
+            watched=views,
+            first_elements=[firsts[id(p)] for p in rows],
+        )
         return Launch(rows, self._needs(group), states, table, steps, is_first)
 
     def _count_together(
@@ -433,9 +519,11 @@ class EWCOptimizer(Optimizer):
             elif state["fisher"] is (borrowed := self._borrowed.get(param)):
                 assert borrowed is not None
                 state["fisher"] = borrowed.clone()
+        if ops.is_8_bits(state.get("fisher")):
+            self._lay_out_codes(state, param)
         for key in self._columns:
             value = state.get(key)
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and key != "fisher_scale":
                 if value.shape != param.shape:
                     raise ValueError(
                         f"{key} of {name}: expected {ops.describe(param)}, "
@@ -443,6 +531,15 @@ class EWCOptimizer(Optimizer):
                     )
                 state[key] = ops.lay_out_like(value.to(param.device), param)
         return state
+
+    @staticmethod
+    def _lay_out_codes(state: State, param: Tensor) -> None:
+        """Codes and scales in the order of the parameter's memory, which their blocks follow."""
+        codes, scale = (state[key].to(param.device) for key in ("fisher", "fisher_scale"))
+        if codes.shape == param.shape and ops.lay_out_like(codes, param) is not codes:
+            fisher = ops.lay_out_like(quantization.dequantize(codes, scale), param)
+            codes, scale = quantization.quantize(fisher, quantization.map_of(codes))
+        state["fisher"], state["fisher_scale"] = codes, scale
 
     def _all_params(self) -> Iterator[tuple[Group, str, Tensor]]:
         """Group, what to call the parameter in an error, and the parameter."""
@@ -535,10 +632,13 @@ class EWCOptimizer(Optimizer):
         fishers = []
         for index, (_, name, param) in zip(ids, self._all_params(), strict=True):
             state = taken[param] = dict(state_dict["state"].get(index, {}))
+            in_8_bits = ops.is_8_bits(state.get("fisher"))
             for key in self._columns:
-                if isinstance(state.get(key), Tensor):
+                if isinstance(state.get(key), Tensor) and key != "fisher_scale":
                     check_entry(key, state[key], param, name)
-            if state.get("fisher") is not None:
+            if in_8_bits:
+                check_scale(state.get("fisher_scale"), param, name)
+            elif state.get("fisher") is not None:
                 fishers.append((name, state["fisher"]))
         check_fisher(fishers)
         self._taken = taken
@@ -551,7 +651,8 @@ class EWCOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and copy: all but the tables, which hold addresses."""
-        own = {"max_grad_norm": self.max_grad_norm, "error_if_nonfinite": self.error_if_nonfinite}
+        names = ("max_grad_norm", "error_if_nonfinite", "fisher_dtype", "anchor_dtype")
+        own = {name: getattr(self, name) for name in names}
         return {**super().__getstate__(), **own, "penalty": self.penalty}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -586,9 +687,14 @@ class EWCOptimizer(Optimizer):
         )
 
 
-def _attach(entry: Tensor, param: Tensor, own: set[int]) -> Tensor:
+def _stays_on_device(value: float | Tensor, group: Group) -> bool:
+    """Whether the kernels read it, so that a captured graph sees it change."""
+    return group["capturable"] and isinstance(value, Tensor) and value.device.type == "cuda"
+
+
+def _attach(entry: Tensor, param: Tensor, dtype: torch.dtype | None, own: set[int]) -> Tensor:
     """``entry`` on the parameter's device and laid out like it, not in the parameters' memory."""
-    dtype = entry.dtype
+    dtype = dtype or entry.dtype
     if dtype == torch.float64:
         # A step computes in the parameter's precision, and one float64 would keep kernels away.
         dtype = reference.compute_dtype(param)

@@ -12,6 +12,8 @@ from bdu import ops
 from bdu.optim.base import (
     SHARED_DEFAULTS,
     EWCOptimizer,
+    Factors,
+    FisherDtype,
     Group,
     Named,
     State,
@@ -52,8 +54,16 @@ class EWCSGD(EWCOptimizer):
             reading them once more (and of waiting for the device).
         batch_fisher_decay: ρ in [0, 1). F ← ρ F + (1 − ρ) ∇² at every descending step. This squares
             the batch's mean gradient, so it is **not** the Fisher, but about 1/batch of it.
+        fisher_dtype: what F is kept in: a floating dtype, "8bit" (1.06 bytes an entry, square-root
+            map) or "8bit_logarithmic", see :mod:`bdu.quantization`; tensors under 4,096 elements
+            and None keep F's own.
+        anchor_dtype: what θ* is kept in; None: the parameter's.
+        stochastic_rounding: a seed: parameters in bfloat16 are rounded stochastically
+            (:mod:`bdu.rounding`), so that small updates add up. None: to nearest.
         foreach, fused: taken and ignored, the step is always fused; not both.
-        differentiable, capturable: only False.
+        capturable: for a step in a CUDA graph: lr and ewc_lambda may be 0-dim tensors on the
+            device, and are read there at every replay.
+        differentiable: only False.
 
     Raises:
         ValueError: an argument out of range, or a Fisher that does not fit (:meth:`set_anchor`).
@@ -86,12 +96,15 @@ class EWCSGD(EWCOptimizer):
         max_grad_norm: float | None = None,
         error_if_nonfinite: bool = False,
         batch_fisher_decay: float | None = None,
+        fisher_dtype: FisherDtype | None = None,
+        anchor_dtype: torch.dtype | None = None,
+        stochastic_rounding: int | None = None,
         foreach: bool | None = None,
         fused: bool | None = None,
         differentiable: bool = False,
         capturable: bool = False,
     ) -> None:
-        check_flags(foreach, fused, differentiable, capturable)
+        check_flags(foreach, fused, differentiable)
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -102,12 +115,17 @@ class EWCSGD(EWCOptimizer):
             "ewc_lambda": ewc_lambda,
             "mode": mode,
             "batch_fisher_decay": batch_fisher_decay,
+            "stochastic_rounding": stochastic_rounding,
+            "rounding_steps": 0,
+            "capturable": capturable,
         }
         super().__init__(
             params,
             defaults,
             fisher=fisher,
             anchor=anchor,
+            fisher_dtype=fisher_dtype,
+            anchor_dtype=anchor_dtype,
             max_grad_norm=max_grad_norm,
             error_if_nonfinite=error_if_nonfinite,
         )
@@ -139,9 +157,9 @@ class EWCSGD(EWCOptimizer):
             and state.get("momentum_buffer") is None
         )
 
-    def _launch(self, work: Work, clip: float | Tensor, grad_scale: float | Tensor) -> Tensor:
+    def _launch(self, work: Work, factors: Factors) -> Tensor:
         launch, grads, settings = work
         if launch.is_first:
             # torch starts the buffer at the first gradient itself, undampened.
             settings = settings | {"dampening": 0.0}
-        return ops.ewc_sgd_step(launch.table, grads, clip=clip, grad_scale=grad_scale, **settings)
+        return ops.ewc_sgd_step(launch.table, grads, **factors._asdict(), **settings)
