@@ -13,32 +13,37 @@ ROOT = Path(__file__).parents[1]
 
 # Module, or folder with a dot after it, to floor. The longest name that fits counts.
 FLOORS = {
-    "bdu": 5,
-    "bdu.cli.": 5,
-    "bdu.trainer": 4,
-    "bdu.auto": 4,
-    "bdu.defenses.": 3,
-    "bdu.llm.": 3,
-    "bdu.attacks.": 3,
-    "bdu.monitor.": 3,
-    "bdu.optim.": 2,
-    "bdu.fisher": 2,
-    "bdu.metrics": 2,
-    "bdu.data": 2,
-    "bdu.models": 2,
-    "bdu.checkpoint": 2,
-    "bdu.memory": 2,
-    "bdu.training": 2,
-    "bdu.runs": 2,
-    "bdu.ops": 1,
-    "bdu.reference": 0,
+    "bdu": 7,
+    "bdu.__main__": 7,
+    "bdu.cli.": 7,
+    "bdu.trainer": 6,
+    "bdu.auto": 6,
+    "bdu.defenses.": 5,
+    "bdu.llm.": 5,
+    "bdu.attacks.": 5,
+    "bdu.monitor.": 5,
+    "bdu.optim.": 4,
+    "bdu.fisher": 4,
+    "bdu.metrics": 4,
+    "bdu.data": 4,
+    "bdu.models": 4,
+    "bdu.checkpoint": 4,
+    "bdu.memory": 4,
+    "bdu.training": 4,
+    "bdu.runs": 4,
+    "bdu.ops": 3,
+    "bdu.library": 4,
+    "bdu.reference": 1,
     "bdu.quantization": 0,
     "bdu.rounding": 0,
-    "bdu.native": 0,
-    "bdu.cuda": 0,
-    "bdu.dispatch": 0,
+    "bdu.native": 1,
+    "bdu.cuda": 2,
+    "bdu.dispatch": 1,
     "bdu.kernels.": 0,
 }
+# Here modules do not look at their neighbours: on the floors of the backends, and on that of the
+# systems unless they are of one folder.
+BASEMENT, SYSTEMS = 1, 5
 FOREIGN_TO_KERNELS = ("torch", "triton")
 NOWHERE = ("transformers",)
 
@@ -88,9 +93,9 @@ def allowed(importer: str, imported: str) -> bool:
     above, below = floor_of(importer), floor_of(imported)
     if above != below:
         return above > below
-    if above == 0:
+    if above <= BASEMENT:
         return False
-    if above != 3:
+    if above != SYSTEMS:
         return True
     if folder_of(importer) != folder_of(imported):
         return False

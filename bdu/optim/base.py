@@ -308,6 +308,8 @@ class EWCOptimizer(Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    # Under torch.compile a break in the graph; see bdu.library for operators that are none.
+    @torch.compiler.disable
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One step; parameters whose gradient is None are left alone and add no penalty.
