@@ -3,8 +3,17 @@
 from bdu import fisher, optim
 from bdu.dispatch import use_backend
 from bdu.fisher import fisher_diagonal
+from bdu.memory import memory_plan
 from bdu.trainer import unlearn
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "fisher", "fisher_diagonal", "optim", "unlearn", "use_backend"]
+__all__ = [
+    "__version__",
+    "fisher",
+    "fisher_diagonal",
+    "memory_plan",
+    "optim",
+    "unlearn",
+    "use_backend",
+]

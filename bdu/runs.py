@@ -45,6 +45,16 @@ class RunDirectory:
         """Make the folder and write ``config.yaml``.
 
         Raises:
+            FileExistsError, ValueError: as :meth:`check`.
+        """
+        self.check(config, resume=resume)
+        text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+        atomic_write(self.path / "config.yaml", text)
+
+    def check(self, config: dict[str, Any], *, resume: bool) -> None:
+        """Whether :meth:`start` would do; nothing is written.
+
+        Raises:
             FileExistsError: there is a run in it already and ``resume`` is False.
             ValueError: ``resume`` with other settings than the run was started with.
         """
@@ -63,7 +73,6 @@ class RunDirectory:
                     f"resume: expected the settings of {known}, but {key} was "
                     f"{before.get(key)!r} and is now {config[key]!r}"
                 )
-        atomic_write(known, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
 
     @property
     def model(self) -> Path:

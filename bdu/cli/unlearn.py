@@ -14,11 +14,13 @@ from torch import nn
 
 from bdu.checkpoint import save_state_dict
 from bdu.cli import common
+from bdu.memory import MemoryPlan, memory_plan
 from bdu.metrics import defense_effectiveness_rate
 from bdu.models import device_of
 from bdu.monitor.report import write_report
+from bdu.optim import EWCSGD
 from bdu.runs import RunDirectory, versions
-from bdu.trainer import METHODS, prepare, unlearn
+from bdu.trainer import METHODS, SETTINGS, prepare, unlearn
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,12 +49,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--retune-data", type=Path, default=None, help="clean images for the retune attack"
     )
     parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check all inputs, say what the run would hold in memory, and write nothing",
+    )
     common.add_common(parser, resume=True)
 
 
 def run(options: argparse.Namespace) -> None:
     """Load, clean, measure, write."""
     start = time.perf_counter()
+    is_dry_run = vars(options).pop("dry_run")  # no setting of a run
     trigger, target = common.evaluators_view(options)
     if trigger is not None and options.eval_data is None:
         raise ValueError("--eval-data: expected, as a trigger is given to evaluate with")
@@ -85,7 +93,14 @@ def run(options: argparse.Namespace) -> None:
     if evaluation is not None:
         before = common.rates(model, evaluation, trigger, target)
     directory = RunDirectory(options.out)
-    directory.start({"command": "unlearn", **common.config(options)}, resume=options.resume)
+    config = {"command": "unlearn", **common.config(options)}
+    if is_dry_run:
+        directory.check(config, resume=options.resume)
+        if before is not None:
+            print(common.table([("before", before)]))
+        print(_memory_plan(model, options.method, settings))
+        return
+    directory.start(config, resume=options.resume)
     lines: list[dict[str, Any]] = directory.read_lines() if options.resume else []
 
     def keep(line: dict[str, Any], _: nn.Module) -> None:
@@ -141,6 +156,23 @@ def run(options: argparse.Namespace) -> None:
     if "retuned_attack_success_rate" in outcome:
         print(f"ASR after the retune attack {100 * outcome['retuned_attack_success_rate']:.2f} %")
     print(f"{result.stopped}; wrote {directory.path}")
+
+
+def _memory_plan(model: nn.Module, method: str, settings: dict[str, Any]) -> MemoryPlan:
+    """What the method holds at once: its optimizer's share, and copies of the weights.
+
+    These are the model as given, the teacher and the weights to be kept; and where the forget loss
+    is descended from ``radius`` away, that gradient and the weights as they were before.
+    """
+    chosen = SETTINGS[method](**settings)
+    optimizer = EWCSGD(
+        [p for p in model.parameters() if p.requires_grad],
+        lr=chosen.lr,
+        momentum=chosen.momentum,
+        ewc_lambda=chosen.ewc_lambda,
+    )
+    moves_away = chosen.radius > 0 and chosen.forget != "cross_entropy"
+    return memory_plan(model, optimizer, copies=5 if moves_away else 3)
 
 
 def _triggered(options: argparse.Namespace) -> tuple[Any, ...]:
