@@ -61,8 +61,9 @@ def cifar10(options: argparse.Namespace) -> list[dict[str, Any]]:
     for seed in options.seeds:
         planted = options.runs / f"planted{seed}"
         plant(planted, seed, 0.1)
-        for known, forget in (("", "true_label"), (", true classes unknown", "unlikelihood")):
-            cleaned = options.runs / f"cleaned{seed}_{forget}"
+        for known, forget, more in cleanings(options.small_state):
+            suffix = "_small_state" if options.small_state else ""
+            cleaned = options.runs / f"cleaned{seed}_{forget}{suffix}"
             if not (cleaned / "metrics.json").exists():
                 call(
                     *("unlearn", *model, "--checkpoint", planted / "model.safetensors"),
@@ -70,6 +71,7 @@ def cifar10(options: argparse.Namespace) -> list[dict[str, Any]]:
                     *("--triggered", planted / "defender_triggered.npz"),
                     *("--eval-data", planted / "evaluator.npz", *attack),
                     *("--retune-data", planted / "retune.npz", "--set", f"forget={forget}"),
+                    *more,
                     *("--seed", str(seed), "--out", cleaned, "--resume"),
                 )
             rows.append(outcome(f"seed {seed}{known}", cleaned) | {"group": f"after{known}"})
@@ -87,6 +89,14 @@ def cifar10(options: argparse.Namespace) -> list[dict[str, Any]]:
         row = f"never backdoored, attack seed {seed}"
         rows.append({"row": row, "after": rates, "group": "never backdoored"})
     return rows
+
+
+def cleanings(small_state: bool) -> list[tuple[str, str, tuple[str, ...]]]:
+    """What to call a cleaning, its forget loss, and more flags."""
+    if small_state:
+        flags = ("--set", "fisher_dtype=8bit", "--set", "anchor_dtype=bfloat16")
+        return [(", F in 8 bits, anchor in bfloat16", "true_label", flags)]
+    return [("", "true_label", ()), (", true classes unknown", "unlikelihood", ())]
 
 
 def nad(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -191,6 +201,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--model", default="resnet18-w16", help="cifar10: the network")
     parser.add_argument("--epochs", type=int, default=10, help="cifar10: of planting")
+    parser.add_argument(
+        "--small-state", action="store_true", help="cifar10: F in 8 bits, the anchor in bfloat16"
+    )
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--markdown", type=Path, default=None)
     options = parser.parse_args()

@@ -18,6 +18,7 @@ Arms
     autograd + X           ½λΣF(θ − θ*)² by autograd; torch.optim with X = for-loop, foreach, fused
     closed form + X        torch._foreach ops add λF(θ − θ*) to the gradients and sum the penalty
     compiled closed form   torch.compile of the whole closed-form step; compile time shown apart
+    plain + fused          torch.optim with fused=True and no penalty at all, so less work
     X, graph               on a GPU, captured in a CUDA graph
     streaming limit        reads and writes the bytes of one step and computes nothing; on a GPU a
                            copy from device to device of as many bytes
@@ -190,6 +191,17 @@ class Autograd(Arm):
         self.optimizer.step()
 
 
+class Plain(Arm):
+    """The step of torch without any pull."""
+
+    def __init__(self, name: str, flags: dict[str, Any], shared: Shared) -> None:
+        super().__init__(shared)
+        self.optimizer = self.torch_optimizer(name, **flags)
+
+    def step(self) -> None:
+        self.optimizer.step()
+
+
 class ClosedForm(Arm):
     """The penalty's gradient written down, with the foreach operations."""
 
@@ -345,6 +357,7 @@ def arms(name: str, shared: Shared) -> dict[str, Callable[[], Arm]]:
     for flag in ("foreach", "fused"):
         given = flags[flag]
         made[f"closed form + {flag}"] = lambda given=given: ClosedForm(name, given, shared)
+    made["plain + fused"] = lambda: Plain(name, flags["fused"], shared)
     if len(shared.grads) <= 1000:
         # Ten thousand tensors would make one graph of half a million nodes.
         made["compiled closed form"] = lambda: Compiled(name, shared)

@@ -42,6 +42,9 @@ from bdu.optim import EWCSGD
 
 Forget = Literal["unlikelihood", "cross_entropy", "true_label"]
 FisherKind = Literal["contrastive", "clean"]
+FisherStored = Literal["float32", "bfloat16", "8bit", "8bit_logarithmic"]
+AnchorStored = Literal["float32", "bfloat16"]
+_DTYPES: dict[Any, Any] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,9 @@ class Settings:
         fisher: "contrastive", or "clean" for F_c alone.
         gamma: γ ≥ 0 of the contrastive Fisher.
         fisher_samples: clean samples that F_c is measured on, at most.
+        fisher_dtype: what the optimizer keeps F in: "float32", "bfloat16", "8bit" or
+            "8bit_logarithmic" (:mod:`bdu.quantization`).
+        anchor_dtype: what it keeps θ* in, "float32" or "bfloat16"; None: as the parameters.
         ewc_lambda: λ ≥ 0, for F_c and F_t of mean 1.
         distillation: share of the clean loss that is the divergence from the model before, in
             [0, 1]; the rest is cross-entropy with the labels.
@@ -84,6 +90,8 @@ class Settings:
     fisher: FisherKind = "contrastive"
     gamma: float = 10.0
     fisher_samples: int = 2000
+    fisher_dtype: FisherStored = "float32"
+    anchor_dtype: AnchorStored | None = None
     ewc_lambda: float = 10.0
     radius: float = 0.5
     distillation: float = 0.8
@@ -101,10 +109,17 @@ class Settings:
     clean_accuracy_floor: float = 0.5
 
     def __post_init__(self) -> None:
-        for name, allowed in (("forget", get_args(Forget)), ("fisher", get_args(FisherKind))):
-            if getattr(self, name) not in (*allowed, *((None,) if name == "forget" else ())):
+        choices = {
+            "forget": (*get_args(Forget), None),
+            "fisher": get_args(FisherKind),
+            "fisher_dtype": get_args(FisherStored),
+            "anchor_dtype": (*get_args(AnchorStored), None),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                expected = ", ".join(map(str, allowed))
                 raise ValueError(
-                    f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}"
+                    f"{name}: expected one of {expected}, got {getattr(self, name)!r}"
                 )
         at_least_one = ("fisher_samples", "batch_size", "triggered_batch_size", "evaluate_every")
         for name in ("unlearn_steps", "recovery_steps", *at_least_one):
@@ -177,6 +192,8 @@ def run(
         momentum=s.momentum,
         ewc_lambda=s.ewc_lambda,
         fisher=_fisher(student, data, s) if s.ewc_lambda > 0 else None,
+        fisher_dtype=_DTYPES.get(s.fisher_dtype, s.fisher_dtype),
+        anchor_dtype=_DTYPES.get(s.anchor_dtype),
         max_grad_norm=s.max_grad_norm,
         error_if_nonfinite=True,
     )
