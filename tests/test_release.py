@@ -745,3 +745,36 @@ def test_a_weight_that_the_rest_of_the_pass_still_needs_is_noticed() -> None:
     ):
         # The product keeps the detached weight, whose own gradient comes first.
         (weight.detach() * model[1].tanh() + weight).sum().backward()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@BOTH
+def test_on_a_device_gradients_are_released_without_waiting(cls: Any) -> None:
+    def made() -> tuple[nn.Module, Any]:
+        torch.manual_seed(0)
+        layers = [layer for _ in range(8) for layer in (nn.Linear(512, 512), nn.LayerNorm(512))]
+        return pair(cls, model=nn.Sequential(*layers).cuda(), fisher_dtype=torch.bfloat16)
+
+    def most_held(model: nn.Module, optimizer: Any, context: AbstractContextManager[Any]) -> int:
+        rise = 0
+        x = torch.linspace(-1, 1, 4 * 512, device="cuda").reshape(4, 512)
+        with context:
+            for step in range(3):
+                optimizer.zero_grad()
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+                # The first step makes tables and buffers.
+                torch.cuda.set_sync_debug_mode("error" if step else "default")
+                try:
+                    model(x).square().mean().backward()
+                    optimizer.step()
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+                rise = torch.cuda.max_memory_allocated() - before
+        return rise
+
+    own, expected = made(), made()
+    assert most_held(*own, release_gradients(*own)) < 0.5 * most_held(*expected, nullcontext())
+    assert_same(own, expected)
