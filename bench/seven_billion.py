@@ -43,7 +43,7 @@ def main() -> None:
     )
     torch.manual_seed(0)
     with torch.device(options.device):
-        model = LlamaForCausalLM._from_config(config, torch_dtype=torch.bfloat16)
+        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
     model.gradient_checkpointing_enable()
     model.train()
     plan = bdu.memory_plan(
@@ -65,6 +65,7 @@ def main() -> None:
         ewc_lambda=1.0,
         fisher=fisher,
         fisher_dtype="8bit",
+        anchor_dtype=torch.bfloat16,
         stochastic_rounding=0,
     )
     tokens = torch.randint(0, config.vocab_size, (1, options.tokens), device=options.device)
@@ -74,6 +75,7 @@ def main() -> None:
             start = time.perf_counter()
             loss = model(input_ids=tokens, labels=tokens).loss
             loss.backward()
+            optimizer.step()
             losses.append(float(loss.detach()))
             seconds.append(time.perf_counter() - start)
     parameters = sum(p.numel() for p in model.parameters())
@@ -82,7 +84,7 @@ def main() -> None:
         "losses": losses,
         "seconds": seconds,
         "penalty": float(optimizer.penalty),
-        "planned_bytes": plan.total_bytes if hasattr(plan, "total_bytes") else None,
+        "planned_bytes": plan.total_bytes,
     }
     if options.device == "cuda":
         row["device"] = torch.cuda.get_device_name()

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from bdu import native
 from bdu.kernels import ewc_step
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "u8": 1, "i8": 1, None: 0}
@@ -220,6 +221,51 @@ def test_products_are_fused_into_sums_only_where_the_update_rule_says_so(
     # weight decay, momentum, the step and the pull
     assert count(ptx, r"fma\.rn\.f32") == 4 * elements
     assert count(ptx, r"fma\.rn\.ftz") == 0
+
+
+# The CUDA kernels, as they were compiled into the package
+
+NEEDS_CUDA_KERNELS = pytest.mark.skipif(
+    not native.is_built() or native.library().cuda_build() is None,
+    reason="installed where there was no CUDA compiler",
+)
+# Stored (0 float32, 1 bfloat16, 2 float16, 3 mixed) and pull (2 proximal), as mangled.
+SASS = {
+    "sgd-fp32": "ewc_sgd_kernelILNS_6StoredE0ELNS_4PullE2ELb1EEE",
+    "sgd-bf16": "ewc_sgd_kernelILNS_6StoredE1ELNS_4PullE2ELb1EEE",
+    "adamw-mixed": "ewc_adamw_kernelILNS_6StoredE3ELNS_4PullE2EEE",
+}
+
+
+def cuobjdump(*arguments: str) -> str:
+    triton = pytest.importorskip("triton")
+    path = triton.knobs.nvidia.cuobjdump.path
+    command = [path, *arguments, native.library().__file__]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+@NEEDS_CUDA_KERNELS
+def test_no_register_of_a_cuda_kernel_is_spilled_on_any_gpu() -> None:
+    usage = cuobjdump("--dump-resource-usage")
+    for name in ("ewc_sgd_kernel", "ewc_adamw_kernel", "grad_norm_kernel"):
+        assert usage.count(name) >= 3
+    numbers = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    assert len(numbers) >= 3 * 40
+    assert {(int(stack), int(local)) for _, stack, local in numbers} == {(0, 0)}
+    # 65,536 of them are shared by blocks of 256 threads: one block at least, and two but for a mix.
+    assert max(int(registers) for registers, _, _ in numbers) <= 168
+
+
+@NEEDS_CUDA_KERNELS
+@pytest.mark.parametrize("name", SASS)
+def test_cuda_kernels_move_128_bits_at_a_time_through_global_memory(name: str) -> None:
+    usage = cuobjdump("--dump-resource-usage")
+    (function,) = {word.rstrip(":") for word in usage.split() if SASS[name] in word}
+    sass = cuobjdump("-sass", "-arch", "sm_90", "-fun", function)
+    loads, stores = count(sass, r"LDG\.E\.128"), count(sass, r"STG\.E\.128")
+    columns = {"sgd-fp32": (5, 2), "sgd-bf16": (5, 2), "adamw-mixed": (12, 6)}
+    assert (loads, stores) >= columns[name]
+    assert count(sass, r"\b(?:LD|ST)\.E") == 0, "a load that may be of any kind of memory"
 
 
 # How they launch

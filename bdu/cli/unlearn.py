@@ -14,6 +14,7 @@ from torch import nn
 
 from bdu.checkpoint import save_state_dict
 from bdu.cli import common
+from bdu.defenses.balanced import dtypes_of
 from bdu.memory import MemoryPlan, memory_plan
 from bdu.metrics import defense_effectiveness_rate
 from bdu.models import device_of
@@ -170,6 +171,7 @@ def _memory_plan(model: nn.Module, method: str, settings: dict[str, Any]) -> Mem
         lr=chosen.lr,
         momentum=chosen.momentum,
         ewc_lambda=chosen.ewc_lambda,
+        **dtypes_of(chosen),
     )
     moves_away = chosen.radius > 0 and chosen.forget != "cross_entropy"
     return memory_plan(model, optimizer, copies=5 if moves_away else 3)

@@ -118,9 +118,7 @@ class Settings:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 expected = ", ".join(map(str, allowed))
-                raise ValueError(
-                    f"{name}: expected one of {expected}, got {getattr(self, name)!r}"
-                )
+                raise ValueError(f"{name}: expected one of {expected}, got {getattr(self, name)!r}")
         at_least_one = ("fisher_samples", "batch_size", "triggered_batch_size", "evaluate_every")
         for name in ("unlearn_steps", "recovery_steps", *at_least_one):
             value, least = getattr(self, name), int(name in at_least_one)
@@ -192,8 +190,7 @@ def run(
         momentum=s.momentum,
         ewc_lambda=s.ewc_lambda,
         fisher=_fisher(student, data, s) if s.ewc_lambda > 0 else None,
-        fisher_dtype=_DTYPES.get(s.fisher_dtype, s.fisher_dtype),
-        anchor_dtype=_DTYPES.get(s.anchor_dtype),
+        **dtypes_of(s),
         max_grad_norm=s.max_grad_norm,
         error_if_nonfinite=True,
     )
@@ -336,6 +333,14 @@ class _Course:
         self.student.load_state_dict(state["student"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
+
+
+def dtypes_of(s: Settings) -> dict[str, Any]:
+    """``fisher_dtype`` and ``anchor_dtype`` as the optimizers take them."""
+    return {
+        "fisher_dtype": _DTYPES.get(s.fisher_dtype, s.fisher_dtype),
+        "anchor_dtype": _DTYPES.get(s.anchor_dtype),
+    }
 
 
 def _settings(given: dict[str, Any]) -> Settings:

@@ -411,17 +411,20 @@ class EWCOptimizer(Optimizer):
                 checked = self._check(launches, rows, grads)
                 assert checked is not None  # just made
             for launch, own in zip(launches, checked, strict=True):
-                ewc_lambda = settings["ewc_lambda"]
-                if isinstance(ewc_lambda, Tensor) or ewc_lambda > 0:
-                    given = "a tensor" if isinstance(ewc_lambda, Tensor) else f"{ewc_lambda:g}"
-                    launch.table.require(
-                        "fisher", f"with ewc_lambda={given} (attach it with set_anchor)"
-                    )
-                    launch.table.require_anchors()
-                if settings["batch_fisher_decay"] is not None and not settings["maximize"]:
-                    launch.table.require_floating_fisher()
+                self._require(launch, settings)
                 work.append(Work(launch, own, settings))
         return work
+
+    @staticmethod
+    def _require(launch: Launch, settings: dict[str, Any]) -> None:
+        """Raise where a row lacks what the settings need."""
+        ewc_lambda = settings["ewc_lambda"]
+        if isinstance(ewc_lambda, Tensor) or ewc_lambda > 0:
+            given = "a tensor" if isinstance(ewc_lambda, Tensor) else f"{ewc_lambda:g}"
+            launch.table.require("fisher", f"with ewc_lambda={given} (attach it with set_anchor)")
+            launch.table.require_anchors()
+        if settings["batch_fisher_decay"] is not None and not settings["maximize"]:
+            launch.table.require_floating_fisher()
 
     def _entries_of_state(self) -> Iterator[Any]:
         states: Iterable[Any] = self.state.values()

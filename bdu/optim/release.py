@@ -239,7 +239,7 @@ class GradientRelease:
             settings = optimizer._settings(group)
             kept, checked = self._prepare(group, rows)
             for launch in kept.launches:
-                _require(launch, settings)
+                optimizer._require(launch, settings)
             pairs = zip(kept.launches, checked, strict=True)
             ready.append((kept, [Work(launch, own, settings) for launch, own in pairs]))
         check_capture(optimizer.param_groups)
@@ -298,17 +298,6 @@ class GradientRelease:
         ):
             self._groups_of = now
             self._groups = {p: group for group, _ in now for p in group["params"]}
-
-
-def _require(launch: Launch, settings: dict[str, Any]) -> None:
-    """What the settings need that a row lacks, as ``step()`` refuses it."""
-    ewc_lambda = settings["ewc_lambda"]
-    if isinstance(ewc_lambda, Tensor) or ewc_lambda > 0:
-        given = "a tensor" if isinstance(ewc_lambda, Tensor) else f"{ewc_lambda:g}"
-        launch.table.require("fisher", f"with ewc_lambda={given} (attach it with set_anchor)")
-        launch.table.require_anchors()
-    if settings["batch_fisher_decay"] is not None and not settings["maximize"]:
-        launch.table.require_floating_fisher()
 
 
 _CLIPS = (

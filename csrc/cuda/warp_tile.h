@@ -2,8 +2,8 @@
 // host by on_host.cpp, which walks over every (tile, lane) and so tests this very arithmetic.
 //
 // A launch covers all tensors of a table. The elements of each are cut into tiles; a warp takes a
-// tile at a time, finds its tensor by binary search, and its lanes take eight neighbouring elements
-// each: 16 bytes of a half-precision column, 32 of a float32 one.
+// tile at a time, finds its tensor by binary search, and its lanes take neighbouring elements, 16
+// bytes of each column: 4 where all is float32, else 8 (and then 32 bytes of a float32 column).
 #pragma once
 
 #include <cstdint>
@@ -11,6 +11,7 @@
 #include "../convert.h"
 #include "../table.h"
 #include "../update_rule.h"
+#include "memory.h"
 
 #if defined(__CUDACC__)
 #define BDU_UNROLL _Pragma("unroll")
@@ -21,7 +22,8 @@
 namespace bdu::cuda {
 
 constexpr int kLanes = 32;
-constexpr int kVector = 8;
+template <Stored stored>
+constexpr int kVector = stored == Stored::float32 ? 4 : 8; // elements a lane takes at a time
 constexpr int kTile = 1024; // the order of the penalty's sum, so part of its bits
 constexpr int kThreads = 256;
 
@@ -72,14 +74,12 @@ struct Tile {
   int n;
 };
 
-// Eight neighbouring elements of one column. All columns are loaded before any is converted, so
+// Neighbouring elements of one column. All columns are loaded before any is converted, so
 // that a lane waits for the memory once.
 template <Stored stored>
 class Vector {
-  struct alignas(16) Pack {
-    std::uint32_t word[4];
-  };
-  static constexpr bool kWide = stored == Stored::float32 || stored == Stored::mixed;
+  static constexpr int kCount = kVector<stored>;
+  static constexpr bool kWide = stored == Stored::mixed; // 8 of float32 take two packs
 
  public:
   // A Fisher in 8 bits has its scales in another column.
@@ -90,8 +90,7 @@ class Vector {
     if (address_ != 0) address_ += tile.start * bytes_of(dtype_);
     if constexpr (stored == Stored::mixed) {
       if (scale_column >= 0 && bytes_of(dtype_) == 1)
-        scales_ = reinterpret_cast<const std::uint16_t*>(table.address(scale_column, tile.tensor)) +
-                  tile.start / kScaleBlock;
+        scales_ = table.address(scale_column, tile.tensor) + tile.start / kScaleBlock * 2;
     }
   }
 
@@ -100,34 +99,27 @@ class Vector {
 
   // `n` of the elements from `index` on; the others read as 0. Whole vectors are aligned.
   BDU_HD void load(int index, int n, bool whole) {
-    if (is_float32()) {
-      const auto* in = reinterpret_cast<const std::uint32_t*>(address_) + index;
-      if (whole) {
-        pack_[0] = reinterpret_cast<const Pack*>(in)[0];
-        if constexpr (kWide) pack_[1] = reinterpret_cast<const Pack*>(in)[1];
-      } else {
-        BDU_UNROLL for (int j = 0; j < kVector; ++j) word(j) = j < n ? in[j] : 0u;
-      }
+    const std::int64_t at = address_ + std::int64_t{index} * bytes_of(dtype_);
+    if (is_8_bits()) scale_ = cuda::load<std::uint16_t>(scales_ + index / kScaleBlock * 2);
+    if (whole && is_8_bits()) {
+      const auto both = cuda::load<std::uint64_t>(at);
+      word(0) = static_cast<std::uint32_t>(both);
+      word(1) = static_cast<std::uint32_t>(both >> 32);
+    } else if (whole) {
+      pack_[0] = cuda::load<Pack>(at);
+      if (kWide && is_float32()) pack_[kWide] = cuda::load<Pack>(at + 16);
+    } else if (is_float32()) {
+      BDU_UNROLL
+      for (int j = 0; j < kCount; ++j) word(j) = j < n ? cuda::load<std::uint32_t>(at + 4 * j) : 0u;
     } else if (is_8_bits()) {
-      const auto* in = reinterpret_cast<const std::uint8_t*>(address_) + index;
-      scale_ = scales_[index / kScaleBlock];
-      if (whole) {
-        const auto both = *reinterpret_cast<const std::uint64_t*>(in);
-        word(0) = static_cast<std::uint32_t>(both);
-        word(1) = static_cast<std::uint32_t>(both >> 32);
-      } else {
-        word(0) = word(1) = 0u;
-        BDU_UNROLL for (int j = 0; j < kVector; ++j) word(j / 4) |=
-            (j < n ? std::uint32_t{in[j]} : 0u) << (8 * (j % 4));
-      }
+      word(0) = word(1) = 0u;
+      BDU_UNROLL
+      for (int j = 0; j < kCount; ++j)
+        if (j < n) word(j / 4) |= std::uint32_t{cuda::load<std::uint8_t>(at + j)} << (8 * (j % 4));
     } else {
-      const auto* in = reinterpret_cast<const std::uint16_t*>(address_) + index;
-      if (whole) {
-        pack_[0] = *reinterpret_cast<const Pack*>(in);
-      } else {
-        BDU_UNROLL for (int j = 0; j < kVector; j += 2) word(j / 2) =
-            (j < n ? in[j] : 0u) | (j + 1 < n ? in[j + 1] : 0u) << 16;
-      }
+      BDU_UNROLL
+      for (int j = 0; j < kCount; ++j)
+        set_half(j, j < n ? cuda::load<std::uint16_t>(at + 2 * j) : std::uint16_t{0});
     }
   }
 
@@ -157,22 +149,19 @@ class Vector {
   }
 
   BDU_HD void store(int index, int n, bool whole) const {
-    if (is_float32()) {
-      auto* out = reinterpret_cast<std::uint32_t*>(address_) + index;
-      if (whole) {
-        reinterpret_cast<Pack*>(out)[0] = pack_[0];
-        if constexpr (kWide) reinterpret_cast<Pack*>(out)[1] = pack_[1];
-      } else {
-        BDU_UNROLL for (int j = 0; j < kVector; ++j) if (j < n) out[j] = word(j);
-      }
+    const std::int64_t at = address_ + std::int64_t{index} * bytes_of(dtype_);
+    if (whole) {
+      cuda::store(at, pack_[0]);
+      if (kWide && is_float32()) cuda::store(at + 16, pack_[kWide]);
+    } else if (is_float32()) {
+      BDU_UNROLL
+      for (int j = 0; j < kCount; ++j)
+        if (j < n) cuda::store(at + 4 * j, word(j));
     } else {
-      auto* out = reinterpret_cast<std::uint16_t*>(address_) + index;
-      if (whole) {
-        *reinterpret_cast<Pack*>(out) = pack_[0];
-      } else {
-        BDU_UNROLL for (int j = 0; j < kVector; ++j) if (j < n) out[j] =
-            static_cast<std::uint16_t>(word(j / 2) >> (16 * (j & 1)));
-      }
+      BDU_UNROLL
+      for (int j = 0; j < kCount; ++j)
+        if (j < n)
+          cuda::store(at + 2 * j, static_cast<std::uint16_t>(word(j / 2) >> (16 * (j & 1))));
     }
   }
 
@@ -189,7 +178,7 @@ class Vector {
   std::int64_t address_;
   Dtype dtype_;
   Pack pack_[kWide ? 2 : 1] = {};
-  const std::uint16_t* scales_ = nullptr;
+  std::int64_t scales_ = 0;
   std::uint16_t scale_ = 0;
 };
 
@@ -214,6 +203,15 @@ struct OnDevice {
   }
 };
 
+// In pairs, so that the rounding errors do not pile up.
+template <int count>
+BDU_HD float tree_sum(const float* value) {
+  if constexpr (count == 1)
+    return value[0];
+  else
+    return tree_sum<count / 2>(value) + tree_sum<count / 2>(value + count / 2);
+}
+
 // What the kernel is not compiled for; the same for a whole launch.
 struct Flags {
   bool nesterov, update_fisher;
@@ -223,6 +221,7 @@ struct Flags {
 template <Stored stored, Pull asked, bool has_momentum>
 BDU_HD float ewc_sgd_lane(const Table& table, std::int64_t index, int lane, const SgdScalars& s,
                           const Flags& on, bool is_skipped) {
+  constexpr int kCount = kVector<stored>;
   const Tile tile(table, index);
   Vector<stored> param(table, tile, 0), grad(table, tile, 1), momentum_buffer(table, tile, 2),
       fisher(table, tile, 3, 5), anchor(table, tile, 4);
@@ -234,16 +233,17 @@ BDU_HD float ewc_sgd_lane(const Table& table, std::int64_t index, int lane, cons
       (!has_fisher || fisher.is_aligned()) && (!is_pulled || anchor.is_aligned());
   const std::int64_t first_element = table.address(6, tile.tensor) + tile.start;
   float penalty = 0.0f;
-  for (int i = lane * kVector; i < tile.n; i += kLanes * kVector) {
-    const int n = tile.n - i < kVector ? tile.n - i : kVector;
-    const bool whole = is_aligned && n == kVector;
+  for (int i = lane * kCount; i < tile.n; i += kLanes * kCount) {
+    const int n = tile.n - i < kCount ? tile.n - i : kCount;
+    const bool whole = is_aligned && n == kCount;
     param.load(i, n, whole);
     grad.load(i, n, whole);
     if (has_momentum) momentum_buffer.load(i, n, whole);
     if (has_fisher) fisher.load(i, n, whole);
     if (is_pulled) anchor.load(i, n, whole);
-    float sum[kVector];
-    BDU_UNROLL for (int j = 0; j < kVector; ++j) {
+    float sum[kCount];
+    BDU_UNROLL
+    for (int j = 0; j < kCount; ++j) {
       const float p = param.get(j), g = grad.get(j), f = has_fisher ? fisher.get(j) : 0.0f;
       const float a = is_pulled ? anchor.get(j) : p, drift = p - a;
       sum[j] = is_pulled ? f * drift * drift : 0.0f;
@@ -256,7 +256,7 @@ BDU_HD float ewc_sgd_lane(const Table& table, std::int64_t index, int lane, cons
       if (has_momentum) momentum_buffer.set(j, momentum);
       param.set_param(j, next, s.pull.rounding, first_element + i);
     }
-    penalty += ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
+    penalty += tree_sum<kCount>(sum);
     if (is_skipped) continue;
     param.store(i, n, whole);
     if (has_momentum) momentum_buffer.store(i, n, whole);
@@ -281,6 +281,7 @@ template <Stored stored, Pull asked>
 BDU_HD float ewc_adamw_lane(const Table& table, std::int64_t index, int lane,
                             const AdamwScalars& shared, const AdamwLogs& logs, const float* steps,
                             const Flags& on, bool is_skipped) {
+  constexpr int kCount = kVector<stored>;
   const Tile tile(table, index);
   Vector<stored> param(table, tile, 0), grad(table, tile, 1), exp_avg(table, tile, 2),
       exp_avg_sq(table, tile, 3), fisher(table, tile, 4, 6), anchor(table, tile, 5);
@@ -292,17 +293,18 @@ BDU_HD float ewc_adamw_lane(const Table& table, std::int64_t index, int lane,
   const AdamwScalars s = with_bias_corrections(shared, logs.beta1, logs.beta2, steps[tile.tensor]);
   const std::int64_t first_element = table.address(7, tile.tensor) + tile.start;
   float penalty = 0.0f;
-  for (int i = lane * kVector; i < tile.n; i += kLanes * kVector) {
-    const int n = tile.n - i < kVector ? tile.n - i : kVector;
-    const bool whole = is_aligned && n == kVector;
+  for (int i = lane * kCount; i < tile.n; i += kLanes * kCount) {
+    const int n = tile.n - i < kCount ? tile.n - i : kCount;
+    const bool whole = is_aligned && n == kCount;
     param.load(i, n, whole);
     grad.load(i, n, whole);
     exp_avg.load(i, n, whole);
     exp_avg_sq.load(i, n, whole);
     if (has_fisher) fisher.load(i, n, whole);
     if (is_pulled) anchor.load(i, n, whole);
-    float sum[kVector];
-    BDU_UNROLL for (int j = 0; j < kVector; ++j) {
+    float sum[kCount];
+    BDU_UNROLL
+    for (int j = 0; j < kCount; ++j) {
       const float p = param.get(j), g = grad.get(j), f = has_fisher ? fisher.get(j) : 0.0f;
       const float a = is_pulled ? anchor.get(j) : p, drift = p - a;
       sum[j] = is_pulled ? f * drift * drift : 0.0f;
@@ -315,7 +317,7 @@ BDU_HD float ewc_adamw_lane(const Table& table, std::int64_t index, int lane,
       exp_avg_sq.set(j, second);
       param.set_param(j, next, s.pull.rounding, first_element + i);
     }
-    penalty += ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
+    penalty += tree_sum<kCount>(sum);
     if (is_skipped) continue;
     param.store(i, n, whole);
     exp_avg.store(i, n, whole);
@@ -328,13 +330,15 @@ BDU_HD float ewc_adamw_lane(const Table& table, std::int64_t index, int lane,
 // Squares in double: a float would overflow from |g| = 1.8e19 on and lose what is below 1e-23.
 template <Stored stored>
 BDU_HD double square_sum_lane(const Table& table, std::int64_t index, int lane, int which) {
+  constexpr int kCount = kVector<stored>;
   const Tile tile(table, index);
   Vector<stored> column(table, tile, which);
   double sum = 0.0;
-  for (int i = lane * kVector; i < tile.n; i += kLanes * kVector) {
-    const int n = tile.n - i < kVector ? tile.n - i : kVector;
-    column.load(i, n, column.is_aligned() && n == kVector);
-    BDU_UNROLL for (int j = 0; j < kVector; ++j) {
+  for (int i = lane * kCount; i < tile.n; i += kLanes * kCount) {
+    const int n = tile.n - i < kCount ? tile.n - i : kCount;
+    column.load(i, n, column.is_aligned() && n == kCount);
+    BDU_UNROLL
+    for (int j = 0; j < kCount; ++j) {
       const double wide = column.get(j);
       sum += wide * wide;
     }
