@@ -100,7 +100,7 @@ def _torch_load(path: Path) -> Any:
             "the file: model = torch.load(path, weights_only=False); "
             'torch.save(model.state_dict(), "weights.pt")'
         ) from error
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+    except Exception as error:  # a broken file can make the reader raise anything
         raise CheckpointError(
             f"{path}: expected a file written by torch.save: {str(error) or type(error).__name__}"
         ) from error
@@ -108,7 +108,9 @@ def _torch_load(path: Path) -> Any:
 
 def _state_dict_in(content: Any, path: Path) -> Mapping[str, Tensor]:
     level = content
-    while isinstance(level, Mapping):
+    seen: set[int] = set()
+    while isinstance(level, Mapping) and id(level) not in seen:  # one may hold itself
+        seen.add(id(level))
         if level and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in level.items()):
             return level
         level = next((level[key] for key in WRAPPER_KEYS if key in level), None)
@@ -157,6 +159,18 @@ def load_into(model: nn.Module, path: str | os.PathLike[str]) -> None:
         if key in state and isinstance(own[key], Tensor) and own[key].shape != state[key].shape
     ]:
         problems.append(f"{len(other)} of another shape ({_named(other)})")
+    if unusable := [
+        f"{key}: {value.layout}, {value.dtype} on {value.device}"
+        for key, value in state.items()
+        if key in own
+        and (
+            value.layout != torch.strided
+            or value.is_quantized
+            or value.is_meta
+            or (value.is_complex() and not own[key].is_complex())
+        )
+    ]:
+        problems.append(f"{len(unusable)} that are not plain dense tensors ({_named(unusable)})")
     if problems:
         raise CheckpointError(
             f"{path}: expected the weights of {type(model).__name__}, got " + "; ".join(problems)

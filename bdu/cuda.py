@@ -223,6 +223,7 @@ def _common(
     values = {"clip": clip, "grad_scale": grad_scale, "lr": lr, "ewc_lambda": ewc_lambda}
     addresses = {k: v.data_ptr() if isinstance(v, Tensor) else 0 for k, v in values.items()}
     step = None if rounding is None else rounding.step
+    host_step = 0 if step is None or isinstance(step, Tensor) else step
     on_device = native.library().CudaOnDevice(
         found_inf=0 if found_inf is None else found_inf.data_ptr(),
         rounding_step=step.data_ptr() if isinstance(step, Tensor) else 0,
@@ -236,7 +237,7 @@ def _common(
         "pull": native.PULL_CODE[mode] if is_pulled else 0,
         "fisher_decay": batch_fisher_decay or 0.0,
         "update_fisher": batch_fisher_decay is not None and not maximize,
-        "rounding": native.native_rounding(rounding),
+        "rounding": native.native_rounding(rounding and rounding._replace(step=host_step)),
     }
 
 

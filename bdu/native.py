@@ -243,8 +243,8 @@ def _common(
 
 
 def native_rounding(rounding: Rounding | None) -> Any:
-    """What the compiled part is told; a step that the device counts is 0 here."""
+    """What the compiled part is told."""
     if rounding is None:
         return library().Rounding(False, 0, 0)
     seed = (rounding.seed + 2**63) % 2**64 - 2**63  # as a signed number of 64 bits
-    return library().Rounding(True, seed, 0 if isinstance(rounding.step, Tensor) else rounding.step)
+    return library().Rounding(True, seed, int(rounding.step))

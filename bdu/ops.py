@@ -499,6 +499,16 @@ def ewc_adamw_step(
         "batch_fisher_decay": batch_fisher_decay,
         "rounding": rounding,
     }
+    if (
+        steps.dtype != torch.float32
+        or steps.shape != (len(table.params),)
+        or steps.device != table.device
+        or not steps.is_contiguous()
+    ):
+        raise ValueError(
+            f"steps: expected ({len(table.params)},) contiguous torch.float32 on {table.device}, "
+            f"got {describe(steps)}, {steps.dtype}"
+        )
     table.require("exp_avg", "in every row")
     table.require("exp_avg_sq", "in every row")
     return _step("ewc_adamw_step", table, grads, (steps,), clip, grad_scale, found_inf, settings)

@@ -108,10 +108,11 @@ def _flat(tensor: Tensor) -> Tensor:
     """The elements in the order of the memory."""
     if tensor.numel() == 0:
         return tensor.reshape(0)
-    span = 1 + sum(
-        stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
-    )
-    if span != tensor.numel():
+    dense = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride == dense:
+            dense *= size
+    if dense != tensor.numel():
         raise ValueError(
             f"fisher: expected elements without gaps, got strides {tensor.stride()} for shape "
             f"{tuple(tensor.shape)}"

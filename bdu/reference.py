@@ -39,6 +39,8 @@ Mode = Literal["proximal", "gradient"]
 
 # An overflowing lr·λ·F must land on the anchor, not on inf / inf.
 _LARGEST_PULL = 1e30
+# Of λ and lr·λ, which meet F in float32: an infinity would turn an F of 0 into a NaN.
+_LARGEST = 3.4e38
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
@@ -209,13 +211,13 @@ class _Pull:
     def gradient(self, theta: Tensor) -> Tensor:
         if self.ewc_lambda == 0:
             return torch.zeros_like(theta)
-        return self.ewc_lambda * self.fisher * (theta - self.anchor)
+        return min(self.ewc_lambda, _LARGEST) * self.fisher * (theta - self.anchor)
 
     def proximal(self, updated: Tensor, lr: float) -> Tensor:
         if self.ewc_lambda == 0:
             return updated
         # θ* + (θ' − θ*)/(1 + c) = θ' − c/(1 + c) (θ' − θ*), which leaves θ' exact where F = 0.
-        c = (lr * self.ewc_lambda * self.fisher).clamp(max=_LARGEST_PULL)
+        c = (min(lr * self.ewc_lambda, _LARGEST) * self.fisher).clamp(max=_LARGEST_PULL)
         return updated - c / (1 + c) * (updated - self.anchor)
 
 

@@ -126,6 +126,8 @@ def _check_settings(method: str, settings: Mapping[str, Any]) -> None:
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if types[name] == "bool" and not isinstance(value, bool):
             raise ValueError(f"{name}: expected true or false, got {value!r}")
+        if types[name] == "bool | None" and not (isinstance(value, bool) or value is None):
+            raise ValueError(f"{name}: expected true, false or None, got {value!r}")
         if types[name] in ("int", "float") and not is_number:
             raise ValueError(f"{name}: expected a number, got {value!r}")
         if types[name] == "float | None" and not (is_number or value is None):

@@ -743,8 +743,9 @@ def _pull_scalars(
         grad_scale=grad_scale if isinstance(grad_scale, Tensor) else None,
         found_inf=found_inf,
         rounding_key=None if rounding is None else _key(rounding),
-        ewc_lambda=float(ewc_lambda),
-        lr_lambda=float(lr * ewc_lambda),
+        # An infinity would turn a Fisher of 0 into a NaN.
+        ewc_lambda=min(float(ewc_lambda), 3.4e38),
+        lr_lambda=min(float(lr * ewc_lambda), 3.4e38),
         fisher_decay=float(batch_fisher_decay or 0.0),
         weight_decay=float(weight_decay),
         lr=float(lr),

@@ -369,3 +369,56 @@ def test_ascended_cross_entropy_stops_at_its_ceiling():
     z.grad = None
     higher.backward()
     assert float(z.grad[0, 0]) > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 1}, "seed: expected 0, as in the run to be resumed, got 1"),
+        ({"lr": 0.5}, "lr: expected"),
+        ({"clean": None}, "model and data: expected"),
+        ({"model": None}, "model and data: expected"),
+    ],
+)
+def test_a_run_is_not_resumed_on_other_data_or_with_another_seed(
+    planted, tmp_path, change, message
+):
+    file = tmp_path / "state.pt"
+    planted.unlearn(state_file=file)
+    if "clean" in change:
+        x, y = planted.clean
+        change = {"clean": (x.flip(0), y.flip(0))}
+    if "model" in change:
+        other = copy.deepcopy(planted.model)
+        with torch.no_grad():
+            next(other.parameters()).mul_(1.01)
+        change = {"model": other}
+    with pytest.raises(ValueError, match=message):
+        planted.unlearn(state_file=file, resume=True, **change)
+
+
+def test_a_run_that_stopped_early_stays_stopped_when_it_is_resumed(planted, tmp_path):
+    file = tmp_path / "state.pt"
+    settings = {"lr": 30.0, "ewc_lambda": 0.0, "state_file": file}
+    first = planted.unlearn(**settings)
+    assert "fell to" in first.stopped
+    again = planted.unlearn(**settings, resume=True)
+    assert again.stopped == first.stopped
+    assert again.history == first.history
+
+
+def test_resuming_from_nowhere_is_refused(planted):
+    with pytest.raises(ValueError, match="state_file: expected a path to resume from, got None"):
+        planted.unlearn(resume=True)
+
+
+@pytest.mark.parametrize("mirror", ["None", "false", 0.5])
+def test_mirror_is_true_false_or_none(planted, mirror):
+    with pytest.raises(ValueError, match="mirror: expected true, false or None"):
+        planted.unlearn(mirror=mirror)
+
+
+def test_true_classes_that_are_the_target_everywhere_are_refused(planted):
+    x, y = planted.triggered
+    with pytest.raises(ValueError, match="triggered: expected y_true to be what the images really"):
+        planted.unlearn(triggered=(x, y, y))

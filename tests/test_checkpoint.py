@@ -198,3 +198,33 @@ def test_state_that_would_need_unpickling_is_refused_by_its_place(tmp_path):
     with pytest.raises(TypeError, match=r"state\['a'\]\[1\]: expected .* got Namespace"):
         save_state(tmp_path / "s.pt", {"a": [1, argparse.Namespace()]})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dictionary_that_holds_itself_is_refused(tmp_path):
+    content = {}
+    content["model"] = content
+    torch.save(content, tmp_path / "self.pth")
+    with pytest.raises(CheckpointError, match="expected a state dict"):
+        load_state_dict(tmp_path / "self.pth")
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_a_file_cut_anywhere_is_refused_in_words(tmp_path, is_zip):
+    path = tmp_path / "whole.pth"
+    torch.save({"a": torch.ones(3)}, path, _use_new_zipfile_serialization=is_zip)
+    whole = path.read_bytes()
+    for length in range(0, len(whole) - 1, 17):
+        path.write_bytes(whole[:length])
+        with pytest.raises(CheckpointError):
+            load_state_dict(path)
+
+
+@pytest.mark.parametrize("make", [lambda t: t.to_sparse(), lambda t: t.to(torch.complex64)])
+def test_a_weight_that_cannot_be_loaded_leaves_the_model_alone(tmp_path, make):
+    model = torch.nn.Linear(3, 2)
+    before = model.bias.detach().clone()
+    state = {"bias": torch.full((2,), 7.0), "weight": make(torch.ones(2, 3))}
+    torch.save(state, tmp_path / "odd.pth")
+    with pytest.raises(CheckpointError, match=r"1 that are not plain dense tensors \(weight"):
+        load_into(model, tmp_path / "odd.pth")
+    assert torch.equal(model.bias, before)

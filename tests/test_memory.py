@@ -69,7 +69,8 @@ def bytes_of(tensors: Any) -> int:
 def held(model: nn.Module, optimizer: Any) -> dict[str, int]:
     """What is allocated after a step."""
     states = list(optimizer.state.values())
-    ewc = ("fisher", "fisher_scale", "anchor")
+    # The last is a few numbers a tensor, and in the host's memory.
+    ewc = ("fisher", "fisher_scale", "anchor", "fisher_strides")
     return {
         "parameters": bytes_of(model.parameters()),
         "buffers": bytes_of(model.buffers()),

@@ -165,7 +165,98 @@ def test_settings_out_of_range_are_named(cls, settings, message):
         make(cls, network(), **settings)
 
 
+@BOTH
+@pytest.mark.parametrize("fisher_dtype", [None, "8bit", torch.float32])
+def test_codes_are_not_taken_for_a_fisher(cls, fisher_dtype):
+    model = network()
+    codes = quantize(fisher_of(model)["0.weight"], "square_root").codes
+    fisher = fisher_of(model) | {"0.weight": codes}
+    with pytest.raises(ValueError, match=r"fisher of 0\.weight: expected .*quantization\.dequant"):
+        make(cls, model, fisher=fisher, fisher_dtype=fisher_dtype)
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", ["8bit", "8bit_logarithmic"])
+def test_a_floating_fisher_is_loaded_over_one_in_8_bits(cls, dtype):
+    first, second = network(), network()
+    a, b = make(cls, first), make(cls, second, fisher_dtype=dtype)
+    train(first, a, 2)
+    train(second, b, 1)
+    second.load_state_dict(first.state_dict())
+    b.load_state_dict(a.state_dict())
+    assert "fisher_scale" not in b.state[second[0].weight]
+    train(first, a)
+    train(second, b)
+    assert torch.equal(weights(first), weights(second))
+
+
+def test_codes_find_their_blocks_again_where_the_strides_were_lost():
+    model = network().to(memory_format=torch.channels_last)
+    optimizer = make(EWCSGD, model, fisher_dtype="8bit")
+    saved = optimizer.state_dict()
+    before = weights(model)
+    train(model, optimizer)
+    expected = weights(model)
+    for state in saved["state"].values():
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                state[key] = value.contiguous()
+    other = network().to(memory_format=torch.channels_last)
+    assert torch.equal(weights(other), before)
+    loaded = EWCSGD(other.named_parameters(), lr=0.01, ewc_lambda=0.0)
+    loaded.load_state_dict(saved)
+    train(other, loaded)
+    assert torch.equal(weights(other), expected)
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"fisher_dtype": torch.float16}, r"fisher of 0\.weight: expected finite entries >= 0"),
+        ({"anchor_dtype": torch.float16}, r"anchor of 0\.weight: expected finite entries, got"),
+    ],
+)
+def test_a_dtype_that_does_not_reach_as_far_is_refused(cls, settings, message):
+    model = network()
+    fisher = {name: torch.full_like(p, 1e6) for name, p in model.named_parameters()}
+    with torch.no_grad():
+        model[0].weight.fill_(1e6)
+    with pytest.raises(ValueError, match=message):
+        make(cls, model, fisher=fisher, **settings)
+
+
+def test_an_anchor_that_is_not_finite_is_refused():
+    model = network()
+    anchor = {name: torch.full_like(p, torch.nan) for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match=r"anchor of 0\.weight: expected finite entries"):
+        make(EWCSGD, model, anchor=anchor)
+
+
+@pytest.mark.parametrize("lost", ["step", "exp_avg", "exp_avg_sq"])
+def test_moments_that_do_not_belong_together_are_refused(lost):
+    model = network()
+    optimizer = make(EWCAdamW, model)
+    train(model, optimizer, 1)
+    saved = copy.deepcopy(optimizer.state_dict())
+    del saved["state"][0][lost]
+    with pytest.raises(ValueError, match=rf"state of 0\.weight: expected .* without {lost}$"):
+        optimizer.load_state_dict(saved)
+
+
 # Stochastic rounding
+
+
+def test_a_capturable_optimizer_counts_its_steps_on_a_cpu_too():
+    ends = []
+    for capturable in (False, True):
+        param = nn.Parameter(torch.ones(4096, dtype=torch.bfloat16))
+        optimizer = EWCSGD([param], lr=1.0, stochastic_rounding=3, capturable=capturable)
+        for _ in range(20):
+            param.grad = torch.full_like(param, -(2.0**-12))
+            optimizer.step()
+        ends.append(param.detach())
+    assert torch.equal(*ends)
 
 
 @BOTH

@@ -106,6 +106,28 @@ def test_what_does_not_fit_a_fisher_in_8_bits_is_named(target):
     assert torch.equal(problem["param"][0], before)
 
 
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("mode", ["proximal", "gradient"])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_lambda_beyond_float32_leaves_alone_what_has_no_fisher(target, mode, operation):
+    problem = on(target, make([(50,)], torch.float32, operation))
+    problem["fisher"][0][1:] = 0.0
+    run(target, operation, problem, [None], ewc_lambda=1e300, mode=mode)
+    assert torch.isfinite(problem["param"][0][1:]).all()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    "steps", [torch.ones(3), torch.ones(()), torch.ones(2, dtype=torch.int64), torch.ones(4)[::2]]
+)
+def test_counts_that_do_not_fit_are_named_and_nothing_is_written(target, steps):
+    problem = on(target, make([(5,), (6,)], torch.float32, "ewc_adamw_step"))
+    before = problem["param"][0].clone()
+    with pytest.raises(ValueError, match=r"steps: expected \(2,\) contiguous torch.float32 on"):
+        run(target, "ewc_adamw_step", problem, [None, None], steps=steps)
+    assert torch.equal(problem["param"][0], before)
+
+
 # Stochastic rounding
 
 

@@ -202,6 +202,8 @@ def _value(text: str) -> Any:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(f"--set: expected a plain value, got {text!r}") from error
+    if value == "None":
+        return None
     if isinstance(value, str):
         # YAML 1.1 takes 1e-3, without a point, for text.
         with contextlib.suppress(ValueError):

@@ -19,6 +19,7 @@ a forward and a backward pass over each sample, once.
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -180,6 +181,11 @@ def run(
         s = replace(s, forget="true_label" if known else "unlikelihood")
     if s.forget == "true_label" and data.triggered.y_true is None:
         raise ValueError("triggered: expected (x, y_target, y_true) with forget='true_label'")
+    y_true = data.triggered.y_true
+    if s.forget == "true_label" and y_true is not None and torch.equal(y_true, data.triggered.y):
+        raise ValueError(
+            "triggered: expected y_true to be what the images really show, got y_target everywhere"
+        )
     teacher = copy.deepcopy(model).eval().requires_grad_(False)
     if s.mirror is None:
         s = replace(s, mirror=_knows_mirrored(teacher, data.clean))
@@ -198,14 +204,16 @@ def run(
     # The ascended cross-entropy has no slope where the model is certain, so no way to the backdoor.
     radius = 0.0 if s.forget == "cross_entropy" else s.radius
     course = _Course(student, optimizer, torch.Generator().manual_seed(seed), s)
+    started_with = asdict(s) | {"seed": seed, "model and data": _fingerprint(teacher, data)}
+    if resume and state_file is None:
+        raise ValueError("state_file: expected a path to resume from, got None")
     if resume and state_file is not None and Path(state_file).exists():
-        course.load(load_state(state_file), asdict(s))
+        course.load(load_state(state_file), started_with)
     if not course.history:
         course.look(data, phase="before")
     steps = s.unlearn_steps + s.recovery_steps
-    stopped = "ran all its steps"
     with tqdm(total=steps, initial=course.step, disable=not progress, unit="step") as bar:
-        while course.step < steps:
+        while course.step < steps and not course.stopped:
             recovering = course.step - s.unlearn_steps
             if recovering >= 0:
                 optimizer.param_groups[0]["lr"] = s.lr * (1 - recovering / s.recovery_steps)
@@ -238,16 +246,16 @@ def run(
                     clean=f"{line['validation_clean_accuracy']:.3f}",
                     ASR=f"{line['validation_attack_success_rate']:.3f}",
                 )
-                if state_file is not None:
-                    save_state(state_file, course.state(asdict(s)))
-                for callback in callbacks:
-                    callback(line, student)
                 if line["validation_clean_accuracy"] < course.lowest_clean_accuracy:
-                    stopped = (
+                    course.stopped = (
                         f"stopped at step {course.step}: clean accuracy on the validation split "
                         f"fell to {line['validation_clean_accuracy']:.3f}"
                     )
-                    break
+                if state_file is not None:
+                    save_state(state_file, course.state(started_with))
+                for callback in callbacks:
+                    callback(line, student)
+    stopped = course.stopped or "ran all its steps"
     kept = course.put_back_kept()
     if kept != course.step:
         stopped += f"; kept the weights of step {kept}"
@@ -264,6 +272,7 @@ class _Course:
         self._settings = s
         self.step = 0
         self.history: list[Line] = []
+        self.stopped = ""  # why, where it ended before its last step
         self._best_score = -math.inf
         self._kept_step = 0
         self._kept: dict[str, Tensor] = {}
@@ -301,10 +310,11 @@ class _Course:
         self.student.load_state_dict(self._kept)
         return self._kept_step
 
-    def state(self, settings: dict[str, Any]) -> dict[str, Any]:
+    def state(self, started_with: dict[str, Any]) -> dict[str, Any]:
         """All that a resumed run needs."""
         return {
-            "settings": settings,
+            "started_with": started_with,
+            "stopped": self.stopped,
             "step": self.step,
             "history": self.history,
             "best_score": self._best_score,
@@ -315,24 +325,41 @@ class _Course:
             "generator": self.generator.get_state(),
         }
 
-    def load(self, state: dict[str, Any], settings: dict[str, Any]) -> None:
+    def load(self, state: dict[str, Any], started_with: dict[str, Any]) -> None:
         """Take up :meth:`state`.
 
         Raises:
-            ValueError: it is of a run with other settings.
+            ValueError: it is of a run with other settings, another model or other data.
         """
-        for name, value in settings.items():
-            if state["settings"].get(name) != value:
+        if not isinstance(state, dict) or not isinstance(state.get("started_with"), dict):
+            raise ValueError("state_file: expected the state of a run of this method, got another")
+        before = state["started_with"]
+        for name, value in started_with.items():
+            if before.get(name) != value:
                 raise ValueError(
-                    f"{name}: expected {state['settings'].get(name)!r}, as in the run to be "
-                    f"resumed, got {value!r}"
+                    f"{name}: expected {before.get(name)!r}, as in the run to be resumed, "
+                    f"got {value!r}"
                 )
+        self.stopped = state["stopped"]
         self.step, self.history = state["step"], state["history"]
         self._best_score, self._kept_step = state["best_score"], state["kept_step"]
         self._kept = state["kept"]
         self.student.load_state_dict(state["student"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
+
+
+def _fingerprint(model: nn.Module, data: DefenderData) -> str:
+    """The same only for the same weights and samples in the same order."""
+    digest = hashlib.blake2b(digest_size=16)
+    parts = (data.clean, data.clean_validation, data.triggered, data.triggered_validation)
+    tensors = [*model.state_dict().values()]
+    tensors += [t for part in parts if part is not None for t in (part.x, part.y)]
+    for tensor in tensors:
+        digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def dtypes_of(s: Settings) -> dict[str, Any]:

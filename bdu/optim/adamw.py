@@ -123,6 +123,15 @@ class EWCAdamW(EWCOptimizer):
             state["exp_avg"] = torch.zeros_like(param, requires_grad=False)
             state["exp_avg_sq"] = torch.zeros_like(param, requires_grad=False)
 
+    def _check_loaded_state(self, state: State, name: str) -> None:
+        moments = ("step", "exp_avg", "exp_avg_sq")
+        missing = [key for key in moments if state.get(key) is None]
+        if missing and len(missing) < len(moments):
+            raise ValueError(
+                f"state of {name}: expected step, exp_avg and exp_avg_sq or none of them, got it "
+                f"without {' and '.join(missing)}"
+            )
+
     def _check_loaded_group(self, group: Group) -> None:
         super()._check_loaded_group(group)
         if group.get("amsgrad"):

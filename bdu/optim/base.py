@@ -19,11 +19,11 @@ from torch.optim import Optimizer
 
 from bdu import ops, quantization, reference
 from bdu.optim.checks import (
+    check_anchor,
     check_at_least_zero,
     check_capture,
     check_decay,
     check_entry,
-    check_finite,
     check_fisher,
     check_fisher_dtype,
     check_mode,
@@ -47,7 +47,10 @@ SHARED_DEFAULTS: Mapping[str, Any] = {
     "capturable": False,
 }
 
-_EWC_STATE = ("fisher", "anchor", "fisher_scale")
+_EWC_STATE = ("fisher", "anchor", "fisher_scale", "fisher_strides")
+# What an F in 8 bits has beside its codes. Its blocks follow the memory, and some ways to save a
+# tensor do not keep the strides.
+_BESIDE_CODES = ("fisher_scale", "fisher_strides")
 
 FisherDtype = torch.dtype | Literal["8bit", "8bit_logarithmic"]
 _MAPS: Mapping[Any, quantization.Map] = {
@@ -175,7 +178,7 @@ class EWCOptimizer(Optimizer):
         """The operation's keyword arguments, or a ValueError where one is out of range."""
         lr, ewc_lambda = group["lr"], group["ewc_lambda"]
         if not _stays_on_device(lr, group):
-            lr = check_finite("lr", lr)
+            lr = check_at_least_zero("lr", lr)
         if not _stays_on_device(ewc_lambda, group):
             ewc_lambda = check_at_least_zero("ewc_lambda", ewc_lambda)
         seed = check_seed(group["stochastic_rounding"])
@@ -230,7 +233,7 @@ class EWCOptimizer(Optimizer):
                 attached = self.state.get(param, {})
                 if attached.get("fisher") is not None:
                     new[param] = {
-                        key: attached[key] for key in ("fisher", "fisher_scale") if key in attached
+                        key: attached[key] for key in ("fisher", *_BESIDE_CODES) if key in attached
                     }
             if not new:
                 raise ValueError("fisher: expected one, as none is attached, got None")
@@ -247,11 +250,15 @@ class EWCOptimizer(Optimizer):
                 raise ValueError(f"anchor: expected an entry for {name}, got none")
             else:
                 new[param]["anchor"] = anchors[param]
-        for param, state in new.items():
-            if anchor is None:
+        if anchor is None:
+            for param, state in new.items():
                 state["anchor"].copy_(param.detach())
-            if "fisher_scale" not in state:
-                self.state[param].pop("fisher_scale", None)
+            names = {param: name for _, name, param in self._all_params()}
+            if self.anchor_dtype is not None:
+                check_anchor((names[param], state["anchor"]) for param, state in new.items())
+        for param, state in new.items():
+            for key in _BESIDE_CODES:
+                self.state[param].pop(key, None)
             self.state[param].update(state)
             if fisher is not None:
                 self._borrowed[param] = state["fisher"]
@@ -283,23 +290,31 @@ class EWCOptimizer(Optimizer):
                 f"{argument}: expected entries for parameters of this optimizer, got none among "
                 f"{len(mapping)}"
             )
-        if argument == "fisher":
-            check_fisher(found.values())
+        check = check_fisher if argument == "fisher" else check_anchor
+        check(found.values())
         own = {param.untyped_storage().data_ptr() for _, _, param in self._all_params()}
         dtype = self.fisher_dtype if argument == "fisher" else self.anchor_dtype
         if dtype in _MAPS:
             dtype = None  # _stored() takes care of it
-        return {
+        entries = {
             param: _attach(entry, param, cast("torch.dtype | None", dtype), own)
             for param, (_, entry) in found.items()
         }
+        # Another dtype may not reach as far.
+        cast_names = ((found[p][0], e) for p, e in entries.items() if e.dtype != found[p][1].dtype)
+        check(cast_names)
+        return entries
 
     def _stored(self, fisher: Tensor) -> State:
         """F as the state keeps it."""
         if self.fisher_dtype not in _MAPS or fisher.numel() < quantization.SMALLEST:
             return {"fisher": fisher}
         codes, scale = quantization.quantize(fisher, _MAPS[self.fisher_dtype])
-        return {"fisher": codes, "fisher_scale": scale}
+        return {
+            "fisher": codes,
+            "fisher_scale": scale,
+            "fisher_strides": torch.tensor(codes.stride()),
+        }
 
     # The step
 
@@ -547,6 +562,7 @@ class EWCOptimizer(Optimizer):
             fisher = ops.lay_out_like(quantization.dequantize(codes, scale), param)
             codes, scale = quantization.quantize(fisher, quantization.map_of(codes))
         state["fisher"], state["fisher_scale"] = codes, scale
+        state["fisher_strides"] = torch.tensor(codes.stride())
 
     def _all_params(self) -> Iterator[tuple[Group, str, Tensor]]:
         """Group, what to call the parameter in an error, and the parameter."""
@@ -642,10 +658,15 @@ class EWCOptimizer(Optimizer):
             in_8_bits = ops.is_8_bits(state.get("fisher"))
             for key in self._columns:
                 if isinstance(state.get(key), Tensor) and key != "fisher_scale":
-                    check_entry(key, state[key], param, name)
+                    check_entry(key, state[key], param, name, or_codes=True)
+            self._check_loaded_state(state, name)
             if in_8_bits:
                 check_scale(state.get("fisher_scale"), param, name)
-            elif state.get("fisher") is not None:
+                state["fisher"] = _with_strides(state["fisher"], state.get("fisher_strides"))
+            else:
+                for key in _BESIDE_CODES:
+                    state.pop(key, None)
+            if state.get("fisher") is not None and not in_8_bits:
                 fishers.append((name, state["fisher"]))
         check_fisher(fishers)
         self._taken = taken
@@ -655,6 +676,9 @@ class EWCOptimizer(Optimizer):
 
     def _check_loaded_group(self, group: Group) -> None:
         self._settings(group)
+
+    def _check_loaded_state(self, state: State, name: str) -> None:
+        """Refuse moments that do not belong together."""
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and copy: all but the tables, which hold addresses."""
@@ -677,6 +701,9 @@ class EWCOptimizer(Optimizer):
                 continue
             attached = before.get(param, {})
             loaded = {key: attached[key] for key in _EWC_STATE if attached.get(key) is not None}
+            if taken[param].get("fisher") is not None:
+                for key in _BESIDE_CODES:
+                    loaded.pop(key, None)
             for key, value in taken[param].items():
                 loaded[key] = self._loaded(key, value, param, group)
             if loaded:
@@ -685,13 +712,25 @@ class EWCOptimizer(Optimizer):
                 self._borrowed[param] = taken[param]["fisher"]
 
     def _loaded(self, key: str, value: Any, param: Tensor, group: Group) -> Any:
-        if not isinstance(value, Tensor) or key == "step":
+        if not isinstance(value, Tensor):
             return value
+        if key == "step":  # where it lies; the other optimizer goes on counting in its own
+            return value.clone()
         # detach() makes a new tensor, so what was copied here does not count as borrowed.
         is_read_only = key in _EWC_STATE and group["batch_fisher_decay"] is None
         return (
             value.to(param.device) if is_read_only else value.detach().to(param.device, copy=True)
         )
+
+
+def _with_strides(codes: Tensor, strides: Any) -> Tensor:
+    """``codes`` laid out as they were when their blocks were made."""
+    if not isinstance(strides, Tensor) or codes.stride() == tuple(strides.tolist()):
+        return codes
+    laid = torch.empty_strided(
+        codes.shape, strides.tolist(), dtype=codes.dtype, device=codes.device
+    )
+    return laid.copy_(codes)
 
 
 def _stays_on_device(value: float | Tensor, group: Group) -> bool:

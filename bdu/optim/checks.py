@@ -101,13 +101,20 @@ def check_scale(scale: Any, param: Tensor, name: str) -> None:
         )
 
 
-def check_entry(argument: str, entry: Tensor, param: Tensor, name: str) -> None:
-    """A Fisher, an anchor or a moment that fits its parameter, or a ValueError."""
-    is_codes = argument == "fisher" and ops.is_8_bits(entry)
+def check_entry(
+    argument: str, entry: Tensor, param: Tensor, name: str, *, or_codes: bool = False
+) -> None:
+    """A Fisher, an anchor or a moment that fits its parameter, or a ValueError.
+
+    Args:
+        or_codes: whether a Fisher may be the codes of one in 8 bits.
+    """
+    is_codes = or_codes and argument == "fisher" and ops.is_8_bits(entry)
     if entry.layout != torch.strided or not (entry.is_floating_point() or is_codes):
         kind = entry.layout if entry.layout != torch.strided else entry.dtype
         raise ValueError(
             f"{argument} of {name}: expected a dense floating-point tensor, got {kind}"
+            + (" (bdu.quantization.dequantize)" if ops.is_8_bits(entry) else "")
         )
     if entry.shape != param.shape:
         raise ValueError(
@@ -121,17 +128,30 @@ def check_fisher(fishers: Iterable[tuple[str, Tensor]]) -> None:
     Args:
         fishers: what to call each parameter, and its F.
     """
+    _check_range("fisher", fishers, least=0.0)
+
+
+def check_anchor(anchors: Iterable[tuple[str, Tensor]]) -> None:
+    """Every entry finite, or a ValueError that names the parameter.
+
+    Args:
+        anchors: what to call each parameter, and its θ*.
+    """
+    _check_range("anchor", anchors, least=-math.inf)
+
+
+def _check_range(argument: str, entries: Iterable[tuple[str, Tensor]], least: float) -> None:
     ranges: dict[torch.device, tuple[list[str], list[Tensor]]] = {}
-    for name, fisher in fishers:
-        if fisher.numel() > 0:
-            names, bounds = ranges.setdefault(fisher.device, ([], []))
+    for name, entry in entries:
+        if entry.numel() > 0:
+            names, bounds = ranges.setdefault(entry.device, ([], []))
             names.append(name)
-            bounds.append(torch.stack(torch.aminmax(fisher.detach())).double())
+            bounds.append(torch.stack(torch.aminmax(entry.detach())).double())
     for names, bounds in ranges.values():
         # One wait a device, not one a tensor.
         for name, (low, high) in zip(names, torch.stack(bounds).tolist(), strict=True):
-            if not (low >= 0 and high < math.inf):  # a NaN is neither
+            if not (low >= least and -math.inf < low and high < math.inf):  # a NaN is neither
+                wanted = "finite entries >= 0" if least == 0 else "finite entries"
                 raise ValueError(
-                    f"fisher of {name}: expected finite entries >= 0, got a range of "
-                    f"{low:g} to {high:g}"
+                    f"{argument} of {name}: expected {wanted}, got a range of {low:g} to {high:g}"
                 )

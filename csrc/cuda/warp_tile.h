@@ -199,7 +199,7 @@ struct OnDevice {
     if (rounding_step != nullptr) s.rounding.step = *rounding_step;
     if (lr != nullptr) s.lr = *lr;
     if (ewc_lambda != nullptr) s.ewc_lambda = *ewc_lambda;
-    if (lr != nullptr || ewc_lambda != nullptr) s.lr_lambda = s.lr * s.ewc_lambda;
+    if (lr != nullptr || ewc_lambda != nullptr) s.lr_lambda = fminf(s.lr * s.ewc_lambda, 3.4e38f);
   }
 };
 
