@@ -227,6 +227,7 @@ def _load_class_folders(
     folders = _folders(path)
     if not folders:
         raise ValueError(f"path: expected one folder for each class in {path}, got no folder")
+    are_given = names is not None
     if names is None:
         names = [folder.name for folder in folders]
     if unknown := [folder.name for folder in folders if folder.name not in names]:
@@ -237,6 +238,8 @@ def _load_class_folders(
     for folder in folders:
         found = _images_in(folder)
         if not found:
+            if are_given and not _folders(folder):
+                continue  # a class that is absent here
             inner = ", ".join(f.name for f in _folders(folder)[:5])
             hint = f" but folders ({inner}): is {folder.name!r} a split?" if inner else ""
             raise ValueError(f"path: expected images in {folder}, got none{hint}")
@@ -244,6 +247,8 @@ def _load_class_folders(
             images.append(_open_image(file))
             labels.append(names.index(folder.name))
             files.append(file)
+    if not images:
+        raise ValueError(f"path: expected images in {path}, got none")
     mode = "L" if all(image.mode in ("1", "L") for image in images) else "RGB"
     tensors: list[Tensor] = []
     for image, file in zip(images, files, strict=True):

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -300,6 +302,8 @@ def _maker(name: str, num_classes: int, in_channels: int) -> Callable[[], Any]:
 
 def _imported(name: str, num_classes: int, in_channels: int) -> Callable[[], Any]:
     module_name, _, attribute = name.partition(":")
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as `python -m` does; an installed command does not
     try:
         factory: Any = importlib.import_module(module_name)
     except ImportError as error:

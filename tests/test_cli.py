@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -13,7 +15,8 @@ from PIL import Image
 
 from bdu import dispatch
 from bdu.checkpoint import load_state_dict
-from bdu.cli import main
+from bdu.cli import common, main
+from bdu.cli import unlearn as unlearn_command
 from bdu.data import load_images, save_npz
 from bdu.fisher import load_fisher
 from bdu.models import build
@@ -512,3 +515,37 @@ def test_demo_plants_and_removes_a_backdoor(tmp_path, capsys):
     assert (out / "report.html").exists()
     assert str(out / "report.html") in capsys.readouterr().out
     assert_refused(["demo", "--out", out, "--quiet"], "holds a run already", capsys, tmp_path)
+
+
+def test_class_folders_are_labelled_by_the_names_of_the_clean_ones(planted, tmp_path):
+    clean, triggered = tmp_path / "clean", tmp_path / "triggered"
+    data = load_images(planted / "defender_clean.npz")
+    for i, (image, label) in enumerate(zip(data.x, data.y.tolist(), strict=True)):
+        folder = clean / "abc"[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[0].numpy()).save(folder / f"{i}.png")
+    bad = load_images(planted / "defender_triggered.npz")
+    (triggered / "a").mkdir(parents=True)  # a class that is absent
+    (triggered / "c").mkdir()
+    for i, image in enumerate(bad.x):
+        Image.fromarray(image[0].numpy()).save(triggered / "c" / f"{i}.png")
+    options = argparse.Namespace(image_size=None, triggered=triggered)
+    known = common.images(clean, options, "--clean")
+    assert known.classes == ["a", "b", "c"]
+    _, labels = unlearn_command._triggered(options, known)
+    assert set(labels.tolist()) == {2}
+    (triggered / "d").mkdir()
+    with pytest.raises(ValueError, match="--triggered: path: expected only the given classes"):
+        unlearn_command._triggered(options, known)
+
+
+def test_a_factory_is_found_from_the_current_folder(planted, tmp_path, monkeypatch, capsys):
+    (tmp_path / "my_own_net.py").write_text(
+        "from bdu.models import build\n"
+        f"def make():\n    return build('smallcnn', num_classes={CLASSES}, in_channels=1)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [p for p in sys.path if p not in ("", str(tmp_path))])
+    arguments = [str(a) for a in on(planted, "evaluate", "--data", planted / "evaluator.npz")]
+    arguments[arguments.index("--model") + 1] = "my_own_net:make"
+    assert main(arguments) == 0, capsys.readouterr().err

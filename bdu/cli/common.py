@@ -154,9 +154,25 @@ def evaluators_view(options: argparse.Namespace) -> tuple[Trigger | None, metric
     return trigger, wanted
 
 
-def images(path: Path, options: argparse.Namespace, split: str | None = None) -> ImageData:
-    """Images of ``path`` in the size asked for."""
-    return load_images(path, split=split, image_size=options.image_size)
+def images(
+    path: Path,
+    options: argparse.Namespace,
+    flag: str,
+    split: str | None = None,
+    *,
+    like: ImageData | None = None,
+) -> ImageData:
+    """Images of ``path`` in the size asked for; an error begins with the flag.
+
+    Args:
+        like: class folders are labelled by the names of its classes, where it has any; some may be
+            absent.
+    """
+    classes = like.classes if like is not None and path.is_dir() else None
+    try:
+        return load_images(path, split=split, image_size=options.image_size, classes=classes)
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(f"{flag}: {error}") from error
 
 
 def build_loaded(options: argparse.Namespace, in_channels: int) -> nn.Module:

@@ -27,7 +27,7 @@ def run(options: argparse.Namespace) -> None:
     """Load, compute, write."""
     if options.out.suffix != ".safetensors":
         raise ValueError(f"--out: expected a .safetensors file, got {options.out}")
-    data = common.images(options.data, options, options.split)
+    data = common.images(options.data, options, "--data", options.split)
     model = common.build_loaded(options, data.x.shape[1])
     count = len(data) if options.samples is None else min(options.samples, len(data))
     batches = (

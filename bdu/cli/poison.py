@@ -146,9 +146,10 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _parts(options: argparse.Namespace) -> tuple[ImageData, ImageData]:
-    train = common.images(options.data, options, options.split)
+    train = common.images(options.data, options, "--data", options.split)
     if options.eval_split is not None:
-        return train, common.images(options.data, options, options.eval_split)
+        evaluation = common.images(options.data, options, "--data", options.eval_split, like=train)
+        return train, evaluation
     held_out, rest = split_indices(train.y, [EVALUATOR_SHARE, 1 - EVALUATOR_SHARE], options.seed)
     return train.subset(rest), train.subset(held_out)
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from bdu.checkpoint import save_state_dict
 from bdu.cli import common
+from bdu.data import ImageData
 from bdu.defenses.balanced import dtypes_of
 from bdu.memory import MemoryPlan, memory_plan
 from bdu.metrics import defense_effectiveness_rate
@@ -28,9 +29,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``bdu unlearn``."""
     common.add_model(parser, checkpoint=True)
     common.add_images(parser)
-    parser.add_argument("--clean", required=True, type=Path, help="clean samples, true labels")
     parser.add_argument(
-        "--triggered", type=Path, default=None, help="triggered samples, the attacker's labels"
+        "--clean",
+        required=True,
+        type=Path,
+        help="clean samples with true labels: class folders, CIFAR-10's binary files, or an .npz "
+        "of x (uint8, N x H x W x C) and y",
+    )
+    parser.add_argument(
+        "--triggered",
+        type=Path,
+        default=None,
+        help="triggered samples with the attacker's labels, likewise; an .npz may hold y_true, "
+        "what they really show",
     )
     parser.add_argument("--method", choices=sorted(METHODS), default="balanced")
     parser.add_argument(
@@ -68,16 +79,18 @@ def run(options: argparse.Namespace) -> None:
     if options.retune_data is not None and trigger is None:
         raise ValueError("--retune-data: expected --attack or --trigger, and --target, with it")
     settings = _settings(options.set)
-    clean = common.images(options.clean, options)
+    clean = common.images(options.clean, options, "--clean")
     triggered = None
     if options.triggered is not None:
-        triggered = _triggered(options)
+        triggered = _triggered(options, clean)
     evaluation = None
     if options.eval_data is not None:
-        evaluation = common.images(options.eval_data, options, options.eval_split)
+        evaluation = common.images(
+            options.eval_data, options, "--eval-data", options.eval_split, like=clean
+        )
     retune_data = None
     if options.retune_data is not None:
-        retune_data = common.images(options.retune_data, options)
+        retune_data = common.images(options.retune_data, options, "--retune-data", like=clean)
     model = common.build_loaded(options, clean.x.shape[1])
 
     # Before anything is written: a run that cannot be must leave no folder behind.
@@ -177,9 +190,9 @@ def _memory_plan(model: nn.Module, method: str, settings: dict[str, Any]) -> Mem
     return memory_plan(model, optimizer, copies=5 if moves_away else 3)
 
 
-def _triggered(options: argparse.Namespace) -> tuple[Any, ...]:
+def _triggered(options: argparse.Namespace, clean: ImageData) -> tuple[Any, ...]:
     """(x, y), and where the file has them the true labels, as `bdu poison` writes them."""
-    data = common.images(options.triggered, options)
+    data = common.images(options.triggered, options, "--triggered", like=clean)
     if options.triggered.suffix == ".npz":
         with np.load(options.triggered, allow_pickle=False) as arrays:
             if "y_true" in arrays.files:

@@ -105,6 +105,13 @@ def verdict(metrics: dict[str, Any]) -> str:
         )
     gone = rate <= floor + 0.01
     opening = "The backdoor no longer works" if gone else "The backdoor still works"
+    robust = after["robust_accuracy"]
+    if gone and robust is not None and robust < after["clean_accuracy"] - 0.1:
+        # Away from the target is not yet back to the truth.
+        opening = (
+            "The trigger no longer reaches its target, but still disturbs the model (robust "
+            f"accuracy {_percent(robust)})"
+        )
     return (
         f"{opening}: ASR went from {_percent(before['attack_success_rate'])} to {_percent(rate)}, "
         f"where untriggered images give {_percent(floor)}; {accuracy} ({seconds})."
