@@ -15,8 +15,8 @@ namespace bdu::cuda {
 namespace {
 
 constexpr int kWarps = kThreads / kLanes;
-// At least as many blocks fit on a multiprocessor: the registers are shared out accordingly. The mix
-// of dtypes takes what it needs.
+// At least as many blocks fit on a multiprocessor: the registers are shared out accordingly. The
+// mix of dtypes takes what it needs.
 template <Stored stored>
 constexpr int kBlocks = stored == Stored::mixed ? 1 : 2;
 
@@ -69,7 +69,8 @@ __device__ void walk(T* partials, std::int64_t tiles, const Lane& lane_of) {
 }
 
 template <Stored stored, Pull pull, bool has_momentum>
-__global__ void __launch_bounds__(kThreads, kBlocks<stored>) ewc_sgd_kernel(Launch launch, SgdStep step) {
+__global__ void __launch_bounds__(kThreads, kBlocks<stored>)
+    ewc_sgd_kernel(Launch launch, SgdStep step) {
   SgdScalars s = step.scalars;
   step.on_device.apply(s.pull);
   const bool is_skipped = step.on_device.is_skipped();
@@ -100,7 +101,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<stored>)
 }
 
 template <Stored stored>
-__global__ void __launch_bounds__(kThreads, kBlocks<stored>) grad_norm_kernel(Launch launch, int column) {
+__global__ void __launch_bounds__(kThreads, kBlocks<stored>)
+    grad_norm_kernel(Launch launch, int column) {
   auto* partials = static_cast<double*>(launch.partials);
   walk(partials, launch.tiles, [&](std::int64_t tile, int lane) {
     return square_sum_lane<stored>(launch.table, tile, lane, column);
