@@ -162,6 +162,19 @@ def choose(operation: str, device: str, dtypes: Collection[torch.dtype]) -> str:
     raise RuntimeError(f"backend: none serves {wanted}")
 
 
+def refuse_capture(backend: str, on_device: Collection[str]) -> None:
+    """Raise where a graph is captured and a backend would have to wait for these values.
+
+    Raises:
+        RuntimeError: with the names of the values.
+    """
+    if on_device and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{', '.join(on_device)}: expected numbers of the host to capture a graph with backend "
+            f"{backend!r}, got tensors, which only backend 'cuda' reads on the device"
+        )
+
+
 def _reaches(line: Serves) -> bool:
     # On the device, they would take a CPU tensor's address for one of the device's.
     return line.device != "cpu" or line.backend not in _INTERPRETED or is_interpreted(line.backend)

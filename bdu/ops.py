@@ -576,6 +576,15 @@ def _step(
     if updates_fisher:
         table.require_floating_fisher()
     if checked.backend != "cuda":
+        rounding = settings["rounding"]
+        on_device = {
+            "lr": settings["lr"],
+            "ewc_lambda": settings["ewc_lambda"],
+            "stochastic_rounding": None if rounding is None else rounding.step,
+        }
+        dispatch.refuse_capture(
+            checked.backend, [k for k, v in on_device.items() if isinstance(v, Tensor)]
+        )
         # Only the compiled device code reads them for itself.
         settings = settings | {name: float(settings[name]) for name in ("lr", "ewc_lambda")}
     if checked.backend in ("cpp", "reference") and found_inf is not None and bool(found_inf):

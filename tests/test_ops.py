@@ -597,6 +597,16 @@ def test_compiled_triton_is_not_given_tensors_of_the_cpu(monkeypatch: pytest.Mon
         ops.grad_norm([torch.ones(3)])
 
 
+def test_a_capture_that_would_have_to_wait_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    dispatch.refuse_capture("triton", [])
+    with pytest.raises(RuntimeError, match="lr, ewc_lambda: expected numbers of the host"):
+        dispatch.refuse_capture("triton", ["lr", "ewc_lambda"])
+
+
 def test_parameters_that_share_memory_are_named_and_nothing_is_written() -> None:
     problem = make([(4,), (4,)], torch.float32)
     problem["param"][1] = problem["param"][0]
