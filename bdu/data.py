@@ -393,12 +393,14 @@ def as_tensors(source: Any, name: str) -> tuple[Tensor, ...]:
             f"{name}: expected a Dataset, a DataLoader or a tuple of tensors, "
             f"got {type(source).__name__}"
         )
+    if len(parts) == 3 and parts[2] is None:
+        parts = parts[:2]
     if len(parts) not in (2, 3):
         raise ValueError(f"{name}: expected (x, y) or (x, y, y_true), got {len(parts)} parts")
     for index, part in enumerate(parts):
         if not isinstance(part, (Tensor, np.ndarray)):
             raise TypeError(f"{name}[{index}]: expected a tensor, got {type(part).__name__}")
-    x = check_images(parts[0], f"{name}[0]")
+    x = check_images(parts[0], f"{name}[0]").detach()
     labels = [check_labels(part, None, f"{name}[{i}]") for i, part in enumerate(parts[1:], 1)]
     for index, label in enumerate(labels, 1):
         if len(label) != len(x):

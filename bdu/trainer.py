@@ -136,6 +136,10 @@ def _check_settings(method: str, settings: Mapping[str, Any]) -> None:
 
 
 def _check_fits(model: nn.Module, data: DefenderData) -> None:
+    other = next((n for n, p in model.named_parameters() if p.dtype != torch.float32), None)
+    if other is not None:
+        dtype = model.get_parameter(other).dtype
+        raise ValueError(f"model: expected float32 parameters, got {other} in {dtype}")
     try:
         classes = predict(model, data.clean.x[:2]).shape[1]
     except RuntimeError as error:

@@ -427,3 +427,18 @@ def test_true_classes_that_are_the_target_everywhere_are_refused(planted):
 def test_a_few_samples_that_are_all_right_do_not_make_a_model_faultless():
     assert _standard_error(1.0, 60) == pytest.approx(math.sqrt(61 / 62 * 1 / 62 / 60))
     assert _standard_error(0.8, 10_000) == pytest.approx(0.004, rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_model_in_another_dtype_is_named(planted, dtype):
+    model = copy.deepcopy(planted.model).to(dtype)
+    with pytest.raises(ValueError, match=f"model: expected float32 parameters, got .* in {dtype}"):
+        planted.unlearn(model=model)
+
+
+def test_images_with_a_gradient_and_classes_that_are_not_known_are_taken(planted):
+    x, y = planted.clean
+    bad, target = planted.triggered
+    images = x.float().div(255).requires_grad_()
+    result = planted.unlearn(clean=(images, y), triggered=(bad, target, None))
+    assert_same_bits(weights(result.model), weights(planted.unlearn().model))
