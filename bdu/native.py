@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
-from itertools import repeat
+from itertools import chain, repeat
 from operator import attrgetter, eq, is_
 from types import ModuleType
 from typing import Any, Protocol
@@ -133,6 +133,15 @@ def _same_order(tensor: Tensor, strides: tuple[int, ...]) -> bool:
     return own == strides or all(
         size == 1 or a == b for size, a, b in zip(tensor.shape, own, strides, strict=True)
     )
+
+
+def same_entries(states: Mapping[Any, Any], known: list[Any]) -> bool:
+    """Whether the values of the dictionaries in an optimizer's state, one after the other, are the
+    very objects in ``known``."""
+    if is_built():
+        return bool(library().same_entries(states, known))
+    entries = chain.from_iterable(s.values() for s in states.values() if isinstance(s, dict))
+    return all(map(is_, chain(entries, (known,)), chain(known, (known,))))
 
 
 def ewc_sgd_step(

@@ -159,6 +159,7 @@ PYBIND11_MODULE(_native, m) {
       .def(py::init<py::list, const py::capsule&>(), py::arg("tensors"), py::arg("api"))
       .def("is_current", &bdu::Survey::is_current)
       .def("fit", &bdu::Survey::fit, py::arg("others"), py::arg("address").noconvert());
+  m.def("same_entries", &bdu::same_entries, py::arg("states"), py::arg("known"));
   bdu::cuda::bind(m);
   m.def("memory_stream", &memory_stream, py::arg("read"), py::arg("written"), py::kw_only(),
         py::arg("words"), py::arg("threads"));

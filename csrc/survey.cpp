@@ -82,4 +82,18 @@ bool Survey::fit(const pybind11::list& others, pybind11::array_t<std::int64_t> a
   return true;
 }
 
+bool same_entries(const pybind11::dict& states, const pybind11::list& known) {
+  const auto count = static_cast<Py_ssize_t>(known.size());
+  Py_ssize_t at = 0, outer = 0;
+  PyObject *key, *state, *value;
+  while (PyDict_Next(states.ptr(), &outer, &key, &state)) {
+    if (!PyDict_Check(state))
+      continue; // torch keeps what a loaded dictionary holds for no parameter
+    Py_ssize_t inner = 0;
+    while (PyDict_Next(state, &inner, &key, &value))
+      if (at >= count || PyList_GET_ITEM(known.ptr(), at++) != value) return false;
+  }
+  return at == count;
+}
+
 } // namespace bdu

@@ -65,4 +65,8 @@ class Survey {
   std::vector<std::int64_t> dims_;
 };
 
+// Whether the values of the dictionaries among the values of `states`, one after the other, are the
+// very objects in `known`.
+bool same_entries(const pybind11::dict& states, const pybind11::list& known);
+
 } // namespace bdu

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
-from bdu import ops, quantization, reference
+from bdu import native, ops, quantization, reference
 from bdu.optim.checks import (
     check_anchor,
     check_at_least_zero,
@@ -369,7 +369,7 @@ class EWCOptimizer(Optimizer):
             self._drop_grad_scale()
             raise
         if any([launch.commit(self.state) for launch, _, _ in work]):
-            self._known_entries = [*self._entries_of_state(), _END]
+            self._known_entries = [*self._entries_of_state()]
         penalties = []
         for one in work:
             device = one.launch.table.device
@@ -400,9 +400,8 @@ class EWCOptimizer(Optimizer):
     def _work(self) -> list[Work]:
         """The rows of every group that have a gradient, checked; nothing is written."""
         # Others replace, clear and offload state between steps: then everything is looked at anew.
-        entries = chain(self._entries_of_state(), (_END,))
-        if len(self._tables) != len(self.param_groups) or not all(
-            map(is_, entries, self._known_entries)
+        if len(self._tables) != len(self.param_groups) or not native.same_entries(
+            self.state, self._known_entries
         ):
             self._tables = [[] for _ in self.param_groups]
         work: list[Work] = []
