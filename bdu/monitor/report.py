@@ -43,6 +43,7 @@ body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(
   max-width: 52rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; margin-bottom: .25rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 .verdict { font-size: 1.15rem; } .soft, dd, figcaption { color: var(--soft); }
+.meaning { font-weight: normal; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; padding: .4rem .6rem; border-bottom: 1px solid var(--line); }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
@@ -130,7 +131,8 @@ def _table(metrics: dict[str, Any]) -> str:
             for name, rates in columns
         )
         rows.append(
-            f'<tr><th scope="row">{title}<br><small class="soft">{meaning}</small></th>{cells}</tr>'
+            f'<tr><th scope="row">{title}<br>'
+            f'<small class="soft meaning">{meaning}</small></th>{cells}</tr>'
         )
     notes = ""
     if metrics.get("der") is not None:
