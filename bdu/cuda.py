@@ -120,6 +120,12 @@ class DeviceTable:
         )
 
 
+def _result(table: DeviceTable, is_written: bool) -> Tensor:
+    # A zero would be a launch of its own: only where the kernel writes nothing there.
+    make = torch.empty if is_written and table.tiles > 0 else torch.zeros
+    return make((), device=table.device)
+
+
 def _kernel(table: DeviceTable, known: dict[str, Any]) -> int:
     # Stochastic rounding has no kernel of its own for bfloat16: the mixed one does it.
     return _MIXED if known["rounding"].is_stochastic else table.stored
@@ -149,10 +155,10 @@ def ewc_sgd_step(
 ) -> Tensor:
     """``reference.ewc_sgd_step``; columns of the table: param, grad, momentum_buffer, fisher,
     anchor. Numbers may be 0-dim float32 tensors on the device where ``Number`` says so."""
-    penalty = torch.zeros((), device=table.device)
+    on_device, known = _common(lr=lr, **common)
+    penalty = _result(table, known["pull"] != 0)
     if table.tiles == 0:
         return penalty
-    on_device, known = _common(lr=lr, **common)
     native.library().cuda_ewc_sgd_step(
         table.launch(table.partials(torch.float32), penalty, _kernel(table, known)),
         on_device,
@@ -177,10 +183,10 @@ def ewc_adamw_step(
 ) -> Tensor:
     """``reference.ewc_adamw_step``; columns of the table: param, grad, exp_avg, exp_avg_sq, fisher,
     anchor; ``steps`` (n,) float32 on the device, already counted up."""
-    penalty = torch.zeros((), device=table.device)
+    on_device, known = _common(lr=lr, **common)
+    penalty = _result(table, known["pull"] != 0)
     if table.tiles == 0:
         return penalty
-    on_device, known = _common(lr=lr, **common)
     native.library().cuda_ewc_adamw_step(
         table.launch(table.partials(torch.float32), penalty, _kernel(table, known)),
         on_device,
@@ -198,7 +204,7 @@ def ewc_adamw_step(
 
 def grad_norm(table: DeviceTable) -> Tensor:
     """``reference.grad_norm`` of the table's gradients (of its only column, where it has one)."""
-    norm = torch.zeros((), device=table.device)
+    norm = _result(table, is_written=True)
     if table.tiles == 0:
         return norm
     column = _GRAD if len(table.cells) > _ADDRESSES + 1 else 0
