@@ -41,10 +41,22 @@ _STEP = (
     Serves("cuda", "cpu", _HALF_OR_FLOAT),
 )
 
+_FISHER = (
+    Serves("cpp", "cpu", _HALF_OR_FLOAT),
+    Serves("triton", "cuda", _HALF_OR_FLOAT),
+    Serves("reference", "cpu", _ALL),
+    Serves("reference", "cuda", _ALL),
+    Serves("triton", "cpu", _HALF_OR_FLOAT),
+)
+
 TABLE: dict[str, tuple[Serves, ...]] = {
     "ewc_sgd_step": _STEP,
     "ewc_adamw_step": _STEP,
     "grad_norm": _STEP,
+    "fisher_linear": _FISHER,
+    "fisher_conv": _FISHER,
+    "fisher_embedding": _FISHER,
+    "fisher_affine": _FISHER,
 }
 
 BACKENDS = ("reference", "cpp", "cuda", "triton")

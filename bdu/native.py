@@ -52,6 +52,11 @@ def addresses(tensors: Sequence[Tensor]) -> Addresses:
     return np.fromiter(map(Tensor.data_ptr, tensors), dtype=np.int64, count=len(tensors))
 
 
+def dtype_code(tensor: Tensor) -> int:
+    """The native code of a tensor's dtype."""
+    return _DTYPE_CODE[tensor.dtype]
+
+
 def dtype_codes(tensors: Sequence[Tensor]) -> DtypeCodes:
     """The native code of each tensor's dtype, shape (n,)."""
     return np.array([_DTYPE_CODE[t.dtype] for t in tensors], dtype=np.uint8)

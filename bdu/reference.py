@@ -31,6 +31,7 @@ from itertools import accumulate
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bdu.rounding import Rounding, random_bits, to_bfloat16
@@ -257,3 +258,154 @@ def _total(penalties: list[Tensor], params: Sequence[Tensor]) -> Tensor:
         return torch.zeros(())
     dtype = torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
     return torch.stack(penalties).sum().to(dtype)
+
+
+# The exact Fisher, one function a kind of layer: each adds Σ_b (∂ Σ_t g_bt · y_bt / ∂W)² of a layer
+# y = f(a; W) to `total`, elementwise. Samples b are squared one by one and then summed; positions t
+# of one sample are summed before. `weight_gradient` takes the sum without the square, which is the
+# parameter's plain gradient.
+
+
+def fisher_linear(
+    total: Tensor,
+    activations: Tensor,
+    gradients: Tensor,
+    *,
+    weight_gradient: Tensor | None = None,
+    kept: Tensor | None = None,
+    kept_index: Tensor | None = None,
+) -> None:
+    """Of y = a Wᵀ: total_oi += Σ_b (Σ_t g_bto a_bti)².
+
+    With T = 1 this is (g∘g)ᵀ(a∘a); with T > 1 that would leave out the products of different
+    positions.
+
+    Args:
+        total: (O, I), float32 or float64, added to.
+        activations: a (B, T, I), the layer's input, any floating dtype.
+        gradients: g (B, T, O), of the layer's output.
+        weight_gradient: (O, I), like total; Σ_b Σ_t g_bto a_bti is added to it.
+        kept, kept_index: for a W that has another use, such as an embedding that shares its table
+            with this layer: both uses have to be added before the square. Where kept_index (B, O),
+            integers, is not −1, that row of the sample's gradient is added to kept (N, I) at this
+            number and not squared; no number comes twice.
+    """
+    for b in range(len(gradients)):
+        one = gradients[b].T.to(total.dtype) @ activations[b].to(total.dtype)
+        if weight_gradient is not None:
+            weight_gradient.add_(one)
+        if kept is not None and kept_index is not None:
+            (present,) = torch.nonzero(kept_index[b] >= 0, as_tuple=True)
+            kept[kept_index[b, present].long()] += one[present].to(kept.dtype)
+            one[present] = 0
+        total.addcmul_(one, one)
+
+
+def fisher_conv(
+    total: Tensor,
+    activations: Tensor,
+    gradients: Tensor,
+    *,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+    weight_gradient: Tensor | None = None,
+) -> None:
+    """Of y = conv(a, W), 1d or 2d, as :func:`torch.nn.functional.conv2d` computes it.
+
+    Args:
+        total: (O, I / groups, *kernel), float32 or float64, added to.
+        activations: a (B, I, L) or (B, I, H, W), the layer's input, any floating dtype.
+        gradients: g (B, O, L') or (B, O, H', W'), of the layer's output.
+        stride, padding, dilation: a number an axis; the padding is zeros on both sides.
+        weight_gradient: like total; the plain gradient is added to it.
+    """
+    axes = total.dim() - 2
+    conv = (F.conv1d, F.conv2d)[axes - 1]
+    out, per_group = total.shape[:2]
+    group_out = out // groups
+    for a, g in zip(activations, gradients, strict=True):
+        # the input's channels as a batch, the output's gradient as a dilated kernel
+        image = a.to(total.dtype).unflatten(0, (groups, per_group)).transpose(0, 1)
+        kernel = g.to(total.dtype).unsqueeze(1)
+        one = conv(image, kernel, None, dilation, padding, stride, groups)
+        for axis, size in enumerate(total.shape[2:]):
+            # positions that the stride left over
+            one = one.narrow(2 + axis, 0, size)
+        one = one.unflatten(1, (groups, group_out)).flatten(1, 2).transpose(0, 1)
+        _add_square(total, weight_gradient, one)
+
+
+def fisher_embedding(
+    total: Tensor,
+    indices: Tensor,
+    gradients: Tensor,
+    *,
+    padding_idx: int | None = None,
+    weight_gradient: Tensor | None = None,
+) -> None:
+    """Of y = W[index]: total_v += Σ_b (Σ_{t: index_bt = v} g_bt)².
+
+    Args:
+        total: (V, D), float32 or float64, added to.
+        indices: (B, T), integers in [0, V).
+        gradients: g (B, T, D), any floating dtype.
+        padding_idx: the row that takes no gradient.
+        weight_gradient: like total; the plain gradient is added to it.
+    """
+    for index, gradient in zip(indices, gradients, strict=True):
+        present, position = torch.unique(index, return_inverse=True)
+        one = total.new_zeros(len(present), total.shape[1])
+        one.index_add_(0, position, gradient.to(total.dtype))
+        if padding_idx is not None:
+            one[present == padding_idx] = 0
+        total.index_add_(0, present, one.square())
+        if weight_gradient is not None:
+            weight_gradient.index_add_(0, present, one)
+
+
+def fisher_affine(
+    total: Tensor | None,
+    bias_total: Tensor | None,
+    activations: Tensor | None,
+    gradients: Tensor,
+    *,
+    mean: Tensor | None = None,
+    inverse_deviation: Tensor | None = None,
+    weight_gradient: Tensor | None = None,
+    bias_gradient: Tensor | None = None,
+) -> None:
+    """Of y = x̂ ∘ γ + β with x̂ = (a − mean) · inverse_deviation, from one pass over a and g.
+
+    total_c += Σ_b (Σ_t g_btc x̂_btc)² and bias_total_c += Σ_b (Σ_t g_btc)². x̂ comes from the
+    layer's input and not from its output, so γ may be 0.
+
+    Args:
+        total, bias_total: (C,), float32 or float64, added to; None where it is not wanted.
+        activations: a (B, T, C), any floating dtype; None where total is.
+        gradients: g (B, T, C), of the layer's output. The bias of any layer has this form.
+        mean, inverse_deviation: of a's dtype or wider, each size 1 or a's own: (1, 1, C) of a
+            BatchNorm, (B, T, 1) of a LayerNorm, (B, 1, C) of a GroupNorm; None is 0 and 1.
+        weight_gradient, bias_gradient: like total and bias_total; plain gradients are added.
+    """
+    wide = next(t.dtype for t in (total, bias_total) if t is not None)
+    gradients = gradients.to(wide)
+    if bias_total is not None:
+        for one in gradients.sum(1):
+            _add_square(bias_total, bias_gradient, one)
+    if total is None or activations is None:
+        return
+    normalised = activations.to(wide)
+    if mean is not None:
+        normalised = normalised - mean.to(wide)
+    if inverse_deviation is not None:
+        normalised = normalised * inverse_deviation.to(wide)
+    for one in (gradients * normalised).sum(1):
+        _add_square(total, weight_gradient, one)
+
+
+def _add_square(total: Tensor, weight_gradient: Tensor | None, one: Tensor) -> None:
+    total.addcmul_(one, one)
+    if weight_gradient is not None:
+        weight_gradient.add_(one)

@@ -9,6 +9,7 @@
 #include <string>
 
 #include "cpu/parallel.h"
+#include "fisher_bindings.h"
 #include "scalars.h"
 #include "survey.h"
 #if defined(BDU_WITH_CUDA)
@@ -160,6 +161,7 @@ PYBIND11_MODULE(_native, m) {
       .def("is_current", &bdu::Survey::is_current)
       .def("fit", &bdu::Survey::fit, py::arg("others"), py::arg("address").noconvert());
   m.def("same_entries", &bdu::same_entries, py::arg("states"), py::arg("known"));
+  bdu::bind_fisher(m);
   bdu::cuda::bind(m);
   m.def("memory_stream", &memory_stream, py::arg("read"), py::arg("written"), py::kw_only(),
         py::arg("words"), py::arg("threads"));

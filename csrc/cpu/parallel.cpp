@@ -5,20 +5,15 @@
 #include <vector>
 
 #include "chunk_kernels.h"
+#include "isa.h"
 
 namespace bdu::cpu {
 namespace {
 
 const ChunkKernels& choose_kernels() {
 #if defined(BDU_X86)
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                    __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
-                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx512) return chunk_kernels_avx512();
-  if (avx2) return chunk_kernels_avx2();
+  if (best_isa() == Isa::avx512) return chunk_kernels_avx512();
+  if (best_isa() == Isa::avx2) return chunk_kernels_avx2();
 #endif
   return chunk_kernels_baseline();
 }

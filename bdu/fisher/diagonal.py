@@ -1,0 +1,304 @@
+"""The exact diagonal of the empirical Fisher."""
+
+from __future__ import annotations
+
+import math
+import time
+import zlib
+from collections.abc import Iterable, Mapping
+from functools import partial
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from bdu.checkpoint import load_state, save_state
+from bdu.fisher.capture import Capture, Plan
+from bdu.fisher.likelihood import (
+    Loss,
+    check_labels,
+    cross_entropy,
+    drawn_labels,
+    losses_of,
+    wide,
+)
+from bdu.fisher.model import (
+    batches,
+    known_positions,
+    moved,
+    refuse_coupled_samples,
+    run,
+    selected_parameters,
+    untouched,
+)
+from bdu.fisher.per_sample import PerSample
+from bdu.fisher.plan import make_plan
+
+_SAVE_EVERY = 60.0  # seconds
+
+
+def fisher_diagonal(
+    model: nn.Module,
+    loader: Iterable[Any] | tuple[Any, Tensor],
+    *,
+    samples: int | None = None,
+    labels: Literal["empirical", "model"] = "empirical",
+    loss: Literal["cross_entropy"] | Loss = "cross_entropy",
+    parameters: Iterable[str] | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    fisher_device: torch.device | str | None = None,
+    resume: str | PathLike[str] | None = None,
+    progress: bool = True,
+) -> dict[str, Tensor]:
+    """Return F_i = mean over samples of (∂ log p(y|x) / ∂θ_i)², exact whatever the batch size.
+
+    A sample is what has one label y in classification, and a whole sequence, whose labelled tokens'
+    log-probabilities are summed, in language modelling. To take tokens for samples, hand them over
+    one by one.
+
+    Args:
+        model: in the mode it is to be measured in; nothing may couple or randomise its samples.
+            Returns logits (B, C) or (B, T, C), or an object with such `.logits`.
+        loader: yields (x, y, ...), further fields ignored, or is a pair (x, y) of all samples. x is
+            a tensor or a mapping of keyword arguments, every tensor with the batch in its first
+            axis; it is moved to the model's device. y holds integer labels (B,) or (B, T), with
+            -100 where a token of a sequence has none; they stand opposite the logits as given, so a
+            causal language model's are shifted already.
+        samples: use only the first so many, to the sample; None is all of them.
+        labels: "empirical" takes y; "model" draws it from the model's own distribution, one uniform
+            number a label in the order of the samples (one draw a sample of the true Fisher).
+        loss: "cross_entropy" is −log p(y|x), summed over a sequence's labelled tokens; or a
+            callable from (logits, y) to one value a sample, shape (B,), each of its sample alone.
+        parameters: names from `model.named_parameters()`; None is all that require a gradient.
+        seed: for labels="model".
+        batch_size: samples that go through the model at once, at most; larger batches are cut,
+            which changes nothing but rounding. None: as the loader gives them, and 64 of a pair.
+        fisher_device: where F is added up; None is each parameter's own device. "cpu" keeps a large
+            model's F out of the device's memory, at one copy of it a batch.
+        resume: a file for the sums so far, written every minute and on Ctrl-C, deleted at the end.
+            Where it exists the work goes on from it; the loader has to give the same samples again.
+        progress: show a progress bar.
+
+    Returns: name → tensor of the parameter's shape, ≥ 0; float64 for a float64 parameter, else
+        float32, in which bf16 and fp16 models are accumulated too.
+
+    The model comes back as it was: gradients, flags, buffers, hooks, and the random state.
+
+    Warns: once, with the names of parameters that take `torch.func.vmap(grad)`, as exact and
+        slower, because no layer's formula fits their use.
+
+    Raises:
+        ValueError: a setting, a label or a shape out of range, no sample, an unknown parameter, a
+            model or loss whose samples are coupled or random, a file of another computation.
+        FloatingPointError: a gradient is not finite; the parameter is named.
+        RuntimeError: the way the model uses a layer changed between batches.
+    """
+    for name, count in (("samples", samples), ("batch_size", batch_size)):
+        if count is not None and (not isinstance(count, int) or count <= 0):
+            raise ValueError(f"{name}: expected a positive integer, got {count!r}")
+    accumulator = FisherAccumulator(
+        model,
+        labels=labels,
+        loss=loss,
+        parameters=parameters,
+        seed=seed,
+        fisher_device=fisher_device,
+    )
+    file = None if resume is None else Path(resume)
+    if file is not None and file.exists():
+        accumulator.load(file)
+    saved = time.monotonic()
+    bar = tqdm(
+        total=samples,
+        initial=accumulator.samples,
+        desc="Fisher",
+        unit="sample",
+        disable=not progress,
+    )
+    try:
+        with bar, untouched(model):
+            for x, y in batches(loader, samples, batch_size, accumulator.samples):
+                accumulator._add(x, y, None)
+                bar.update(len(y))
+                if file is not None and time.monotonic() - saved > _SAVE_EVERY:
+                    accumulator.save(file)
+                    saved = time.monotonic()
+    except KeyboardInterrupt:
+        if file is not None and accumulator.samples:
+            accumulator.save(file)
+        raise
+    fisher = accumulator.diagonal()
+    if file is not None:
+        file.unlink(missing_ok=True)
+    return fisher
+
+
+class FisherAccumulator:
+    """F of samples as they come: those of :func:`fisher_diagonal`, or of a training loop.
+
+    ::
+
+        accumulator = bdu.FisherAccumulator(model)
+        for x, y in loader:
+            losses = accumulator.backward(x, y)   # sets p.grad as losses.mean().backward() would
+            optimizer.step()
+        fisher = accumulator.diagonal()
+
+    One backward gives both: each layer's gradient is formed per sample in registers, added up for
+    the step, and squared for F. In such a loop F belongs to the weights of the moment.
+
+    Args: those of :func:`fisher_diagonal`, with the same meaning.
+
+    Attributes:
+        samples: how many have been added.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        labels: Literal["empirical", "model"] = "empirical",
+        loss: Literal["cross_entropy"] | Loss = "cross_entropy",
+        parameters: Iterable[str] | None = None,
+        seed: int = 0,
+        fisher_device: torch.device | str | None = None,
+    ) -> None:
+        if labels not in ("empirical", "model"):
+            raise ValueError(f'labels: expected "empirical" or "model", got {labels!r}')
+        if not (loss == "cross_entropy" or callable(loss)):
+            raise ValueError(f'loss: expected "cross_entropy" or a callable, got {loss!r}')
+        self._model = model
+        self._selected = selected_parameters(model, parameters)
+        refuse_coupled_samples(model)
+        self._labels, self._by_name = labels, not callable(loss)
+        self._losses = partial(losses_of, loss if callable(loss) else cross_entropy)
+        self._loss_name = loss if isinstance(loss, str) else getattr(loss, "__qualname__", "")
+        self._generator = torch.Generator().manual_seed(seed)
+        self._seed = seed
+        self._device = next(iter(self._selected.values())).device
+        self._totals = {
+            name: _zeros(p, p.device if fisher_device is None else torch.device(fisher_device))
+            for name, p in self._selected.items()
+        }
+        self._plan: Plan | None = None
+        self.samples = 0
+
+    def add(self, x: Any, y: Tensor) -> Tensor:
+        """Add a batch; returns the loss of each sample, (B,). Leaves the model as it was."""
+        with untouched(self._model):
+            return self._add(x, y, None)
+
+    def backward(self, x: Any, y: Tensor) -> Tensor:
+        """As `add`, and add the gradient of the mean loss to `p.grad` of the selected parameters.
+
+        Returns: the loss of each sample, (B,), without a graph.
+        """
+        sums = {name: _zeros(p, p.device) for name, p in self._selected.items()}
+        with untouched(self._model):
+            losses = self._add(x, y, sums)
+        for name, parameter in self._selected.items():
+            mean = sums.pop(name).div_(max(1, len(y))).to(parameter.dtype)
+            if parameter.grad is None:
+                parameter.grad = mean.clone(memory_format=torch.preserve_format)
+            else:
+                parameter.grad.add_(mean)
+        return losses
+
+    def diagonal(self) -> dict[str, Tensor]:
+        """F, the mean over all samples so far; see :func:`fisher_diagonal`."""
+        if not self.samples:
+            raise ValueError("loader: expected at least one sample, got none")
+        _check_finite(self._totals)
+        return {name: (total / self.samples).contiguous() for name, total in self._totals.items()}
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the sums so far, whole or not at all."""
+        state = {"samples": self.samples, "generator": self._generator.get_state()}
+        totals = {name: total.cpu().contiguous() for name, total in self._totals.items()}
+        save_state(path, {**state, "computation": self._computation(), "totals": totals})
+
+    def load(self, path: str | PathLike[str]) -> None:
+        """Go on from what `save` wrote; ValueError if that was another computation."""
+        state = load_state(path)
+        own = self._computation()
+        theirs = state.get("computation", {}) if isinstance(state, dict) else {}
+        for name, expected in own.items():
+            if theirs.get(name) != expected:
+                raise ValueError(
+                    f"{path}: expected the sums of this computation, got another {name}"
+                )
+        for name, total in state["totals"].items():
+            self._totals[name].copy_(total)
+        self.samples = state["samples"]
+        self._generator.set_state(state["generator"])
+
+    def _computation(self) -> dict[str, Any]:
+        """What has to be the same for sums to be added to."""
+        return {
+            "labels": self._labels,
+            "loss": self._loss_name,
+            "seed": self._seed,
+            "parameters": {name: list(p.shape) for name, p in self._selected.items()},
+            "model": {name: _fingerprint(p) for name, p in self._selected.items()},
+        }
+
+    def _add(self, x: Any, y: Tensor, sums: Mapping[str, Tensor] | None) -> Tensor:
+        """Within `untouched`."""
+        x, y = moved(x, self._device), y.to(self._device)
+        if not len(y):
+            return torch.zeros(0)
+        if self._plan is None:
+            draw = self._by_name or self._labels == "model"
+            self._plan = make_plan(self._model, self._selected, self._losses, x, y, draw)
+            rest = {
+                name: p.detach()
+                for name, p in self._selected.items()
+                if name not in self._plan.parameters
+            }
+            self._per_sample = PerSample(self._model, rest, self._losses)
+        for parameter in self._model.parameters():
+            parameter.requires_grad_(False)
+        if self._by_name and self._labels == "empirical":
+            check_labels(y, self._plan.classes)
+        capture = Capture(self._plan, self._totals, sums)
+        with capture.batch(len(y), known_positions(x)):
+            logits = run(self._model, x)
+            if self._labels == "model":
+                y = drawn_labels(logits.detach(), y, self._generator)
+            losses = self._losses(logits, y)
+            del logits
+            capture.backward(losses.sum())
+        self._per_sample.add(x, y, self._totals, sums)
+        if self.samples == 0:
+            _check_finite(self._totals)
+        self.samples += len(y)
+        return losses.detach()
+
+
+def _zeros(parameter: Tensor, device: torch.device) -> Tensor:
+    # With the channels last, as the convolutions are read, the kernel adds to neighbours.
+    last = parameter.dim() == 4 and device.type == "cpu" and parameter.device.type == "cpu"
+    return torch.zeros_like(
+        parameter,
+        dtype=wide(parameter.dtype),
+        device=device,
+        requires_grad=False,
+        memory_format=torch.channels_last if last else torch.contiguous_format,
+    )
+
+
+def _fingerprint(parameter: Tensor) -> int:
+    """Of some elements; other weights differ in nearly all."""
+    flat = parameter.detach().reshape(-1)
+    some = flat[:: math.ceil(max(1, flat.numel()) / 64)].double().cpu()
+    return zlib.crc32(some.numpy().tobytes())
+
+
+def _check_finite(totals: Mapping[str, Tensor]) -> None:
+    for name, total in totals.items():
+        if not bool(torch.isfinite(total).all()):
+            raise FloatingPointError(f"{name}: expected finite squared gradients, got inf or nan")
