@@ -27,11 +27,15 @@ def fisher_linear(
     activations: Tensor,
     gradients: Tensor,
     *,
+    bias_total: Tensor | None = None,
     weight_gradient: Tensor | None = None,
+    bias_gradient: Tensor | None = None,
     kept: Tensor | None = None,
     kept_index: Tensor | None = None,
 ) -> None:
-    """Add Σ_b (Σ_t g_bt a_btᵀ)² to total (O, I); see :func:`bdu.reference.fisher_linear`.
+    """Add Σ_b (Σ_t g_bt a_btᵀ)² to total (O, I) and Σ_b (Σ_t g_bt)² to bias_total (O,).
+
+    See :func:`bdu.reference.fisher_linear`.
 
     Raises:
         ValueError: a shape or device that does not fit, named; nothing is written then.
@@ -42,6 +46,8 @@ def fisher_linear(
     _check("gradients", gradients, (batch, steps, outputs), activations)
     _check_total("total", total, (outputs, inputs), activations)
     _check_total("weight_gradient", weight_gradient, (outputs, inputs), activations, total)
+    for name, tensor in (("bias_total", bias_total), ("bias_gradient", bias_gradient)):
+        _check_vector(name, tensor, outputs, total)
     if (kept is None) != (kept_index is None):
         raise ValueError("kept, kept_index: expected both or none, got one")
     if kept is not None and kept_index is not None:
@@ -50,8 +56,13 @@ def fisher_linear(
     _run(
         "fisher_linear",
         (total, activations, gradients),
-        {"weight_gradient": weight_gradient, "kept": kept, "kept_index": kept_index},
-        totals=("weight_gradient",),
+        {
+            "bias_total": bias_total,
+            "weight_gradient": weight_gradient,
+            "bias_gradient": bias_gradient,
+            "kept": kept,
+            "kept_index": kept_index,
+        },
     )
 
 
@@ -64,12 +75,14 @@ def fisher_conv(
     padding: tuple[int, ...],
     dilation: tuple[int, ...],
     groups: int,
+    bias_total: Tensor | None = None,
     weight_gradient: Tensor | None = None,
+    bias_gradient: Tensor | None = None,
 ) -> None:
-    """Add Σ_b (∂ Σ_s g_bs · y_bs / ∂W)² of y = conv(a, W) to total (O, I / groups, *kernel).
+    """Add Σ_b (∂ Σ_s g_bs · y_bs / ∂W)² of y = conv(a, W) + β to total (O, I / groups, *kernel).
 
-    See :func:`bdu.reference.fisher_conv`. The columns of the convolution are read from the image in
-    place: there is no unfolded copy.
+    And Σ_b (Σ_s g_bs)² to bias_total (O,). See :func:`bdu.reference.fisher_conv`. The columns of
+    the convolution are read from the image in place: there is no unfolded copy.
 
     Raises:
         ValueError: a shape, setting or device that does not fit, named; nothing is written then.
@@ -94,15 +107,18 @@ def fisher_conv(
     kernel = (total.shape[0], inputs // groups, *total.shape[2:])
     _check_total("total", total, kernel, activations)
     _check_total("weight_gradient", weight_gradient, kernel, activations, total)
+    for name, tensor in (("bias_total", bias_total), ("bias_gradient", bias_gradient)):
+        _check_vector(name, tensor, len(total), total)
     _run(
         "fisher_conv",
         (total, activations, gradients),
         {
             **{name: tuple(numbers) for name, numbers in settings.items()},
             "groups": groups,
+            "bias_total": bias_total,
             "weight_gradient": weight_gradient,
+            "bias_gradient": bias_gradient,
         },
-        totals=("weight_gradient",),
     )
 
 
@@ -126,6 +142,10 @@ def fisher_embedding(
     _check("indices", indices, tuple(gradients.shape[:2]), gradients)
     if indices.is_floating_point():
         raise ValueError(f"indices: expected integers, got {indices.dtype}")
+    if indices.numel() and indices.device.type == "cpu":  # a look at the device would wait for it
+        for index in (int(indices.min()), int(indices.max())):
+            if not 0 <= index < len(total):
+                raise ValueError(f"indices: expected integers in [0, {len(total)}), got {index}")
     shape = (len(total), gradients.shape[2])
     _check_total("total", total, shape, gradients)
     _check_total("weight_gradient", weight_gradient, shape, gradients, total)
@@ -135,7 +155,6 @@ def fisher_embedding(
         "fisher_embedding",
         (total, indices, gradients),
         {"padding_idx": padding_idx, "weight_gradient": weight_gradient},
-        totals=("weight_gradient",),
     )
 
 
@@ -191,7 +210,6 @@ def fisher_affine(
             "weight_gradient": weight_gradient,
             "bias_gradient": bias_gradient,
         },
-        totals=("bias_total", "weight_gradient", "bias_gradient"),
     )
 
 
@@ -199,7 +217,6 @@ def _run(
     operation: str,
     args: tuple[Tensor | None, ...],
     options: dict[str, Any],
-    totals: tuple[str, ...],
 ) -> None:
     tensors = [t for t in args if t is not None and t.is_floating_point()]
     device = tensors[0].device.type
@@ -211,7 +228,8 @@ def _run(
             getattr(native_fisher, operation)(*args, **options)
         else:
             _run_triton(operation, args, options)
-    written = [args[0], *(options.get(name) for name in totals), options.get("kept")]
+    names = ("bias_total", "weight_gradient", "bias_gradient", "kept")
+    written = [args[0], *(options.get(name) for name in names)]
     if operation == "fisher_affine":
         written.append(args[1])
     # Written behind torch's back: autograd must not take the old values for the new.
@@ -220,15 +238,29 @@ def _run(
 
 def _run_triton(operation: str, args: tuple[Tensor | None, ...], options: dict[str, Any]) -> None:
     kernel = getattr(importlib.import_module(f"bdu.kernels.{operation}"), operation)
-    total: Tensor | None = args[0]
-    weight_gradient: Tensor | None = options.get("weight_gradient")
-    dense = [
-        t if t is None or t.is_contiguous() else t.contiguous() for t in (total, weight_gradient)
-    ]
-    kernel(dense[0], *args[1:], **{**options, "weight_gradient": dense[1]})
-    for own, written in zip((total, weight_gradient), dense, strict=True):
-        if own is not None and written is not None and own is not written:
-            own.copy_(written)
+    own = {"total": args[0], "weight_gradient": options.get("weight_gradient")}
+    dense = {name: None if t is None else t.contiguous() for name, t in own.items()}
+    if operation in ("fisher_linear", "fisher_conv"):
+        options = dict(options)
+        bias = {name: options.pop(name) for name in ("bias_total", "bias_gradient")}
+        if bias["bias_total"] is not None:
+            _run_bias(operation, args[2], **bias)
+    kernel(dense["total"], *args[1:], **{**options, "weight_gradient": dense["weight_gradient"]})
+    for name, tensor in own.items():
+        written = dense[name]
+        if tensor is not None and written is not None and written is not tensor:
+            tensor.copy_(written)
+
+
+def _run_bias(
+    operation: str, gradients: Tensor | None, bias_total: Tensor, bias_gradient: Tensor | None
+) -> None:
+    """The bias of a layer whose kernel gives the weight alone."""
+    assert gradients is not None
+    if operation == "fisher_conv":
+        gradients = gradients.flatten(2).transpose(1, 2)
+    affine = importlib.import_module("bdu.kernels.fisher_affine").fisher_affine
+    affine(None, bias_total, None, gradients, bias_gradient=bias_gradient)
 
 
 def _check_axes(name: str, tensor: Tensor, expected: str, axes: int) -> None:
@@ -242,6 +274,12 @@ def _check(name: str, tensor: Tensor, shape: tuple[int, ...], beside: Tensor) ->
             f"{name}: expected {shape} on {beside.device}, "
             f"got {tuple(tensor.shape)} on {tensor.device}"
         )
+
+
+def _check_vector(name: str, tensor: Tensor | None, size: int, total: Tensor) -> None:
+    _check_total(name, tensor, (size,), total)
+    if tensor is not None and tensor.dtype != total.dtype:
+        raise ValueError(f"{name}: expected {total.dtype} like total, got {tensor.dtype}")
 
 
 def _check_total(

@@ -19,13 +19,17 @@ def fisher_linear(
     activations: Tensor,
     gradients: Tensor,
     *,
+    bias_total: Tensor | None = None,
     weight_gradient: Tensor | None = None,
+    bias_gradient: Tensor | None = None,
     kept: Tensor | None = None,
     kept_index: Tensor | None = None,
 ) -> None:
     """See :func:`bdu.reference.fisher_linear`; total, weight_gradient, kept are dense."""
     if activations.shape[1] == 1 and kept is None:
-        _fisher_of_one_step(total, activations[:, 0], gradients[:, 0], weight_gradient)
+        _fisher_of_one_step(
+            (total, bias_total, weight_gradient, bias_gradient), activations[:, 0], gradients[:, 0]
+        )
         return
     samples, steps, inputs = activations.shape
     index = None if kept_index is None else kept_index.to(torch.int32).contiguous()
@@ -36,8 +40,7 @@ def fisher_linear(
         steps=steps,
         inputs=inputs,
         outputs=gradients.shape[2],
-        total=total.data_ptr(),
-        weight_gradient=_address(weight_gradient),
+        totals=_totals(total, bias_total, weight_gradient, bias_gradient),
         kept=_address(kept),
         kept_index=_address(index),
         threads=torch.get_num_threads(),
@@ -45,13 +48,21 @@ def fisher_linear(
 
 
 def _fisher_of_one_step(
-    total: Tensor, activations: Tensor, gradients: Tensor, weight_gradient: Tensor | None
+    totals: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None],
+    activations: Tensor,
+    gradients: Tensor,
 ) -> None:
     # A sample's gradient is one product: its square is the product of the squares.
+    total, bias_total, weight_gradient, bias_gradient = totals
     activations, gradients = activations.float(), gradients.float()
-    total.addmm_(gradients.square().T, activations.square())
+    squares = gradients.square()
+    total.addmm_(squares.T, activations.square())
+    if bias_total is not None:
+        bias_total.add_(squares.sum(0))
     if weight_gradient is not None:
         weight_gradient.addmm_(gradients.T, activations)
+    if bias_gradient is not None:
+        bias_gradient.add_(gradients.sum(0))
 
 
 def fisher_conv(
@@ -63,7 +74,9 @@ def fisher_conv(
     padding: tuple[int, ...],
     dilation: tuple[int, ...],
     groups: int,
+    bias_total: Tensor | None = None,
     weight_gradient: Tensor | None = None,
+    bias_gradient: Tensor | None = None,
 ) -> None:
     """See :func:`bdu.reference.fisher_conv`; total and weight_gradient have the same strides."""
     if total.dim() == 3:  # one axis is two, the first of height 1
@@ -88,8 +101,7 @@ def fisher_conv(
         stride=stride,
         padding=padding,
         dilation=dilation,
-        total=total.data_ptr(),
-        weight_gradient=_address(weight_gradient),
+        totals=_totals(total, bias_total, weight_gradient, bias_gradient),
         total_stride=total.stride(),
         threads=torch.get_num_threads(),
     )
@@ -165,10 +177,7 @@ def fisher_affine(
         mean_stride=_repeating(statistics[0]),
         inverse_deviation=_address(statistics[1]),
         inverse_deviation_stride=_repeating(statistics[1]),
-        total=_address(total),
-        bias_total=_address(bias_total),
-        weight_gradient=_address(weight_gradient),
-        bias_gradient=_address(bias_gradient),
+        totals=_totals(total, bias_total, weight_gradient, bias_gradient),
         threads=torch.get_num_threads(),
     )
 
@@ -185,6 +194,10 @@ def _activity(tensor: Tensor | None) -> Any:
     if tensor is None:
         return library().Activity(0, 0, 0, 0, 0)
     return library().Activity(tensor.data_ptr(), dtype_code(tensor), *tensor.stride())
+
+
+def _totals(*tensors: Tensor | None) -> Any:
+    return library().FisherTotals(*map(_address, tensors))
 
 
 def _address(tensor: Tensor | None) -> int:

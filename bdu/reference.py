@@ -271,11 +271,13 @@ def fisher_linear(
     activations: Tensor,
     gradients: Tensor,
     *,
+    bias_total: Tensor | None = None,
     weight_gradient: Tensor | None = None,
+    bias_gradient: Tensor | None = None,
     kept: Tensor | None = None,
     kept_index: Tensor | None = None,
 ) -> None:
-    """Of y = a Wᵀ: total_oi += Σ_b (Σ_t g_bto a_bti)².
+    """Of y = a Wᵀ + β: total_oi += Σ_b (Σ_t g_bto a_bti)², bias_total_o += Σ_b (Σ_t g_bto)².
 
     With T = 1 this is (g∘g)ᵀ(a∘a); with T > 1 that would leave out the products of different
     positions.
@@ -284,7 +286,8 @@ def fisher_linear(
         total: (O, I), float32 or float64, added to.
         activations: a (B, T, I), the layer's input, any floating dtype.
         gradients: g (B, T, O), of the layer's output.
-        weight_gradient: (O, I), like total; Σ_b Σ_t g_bto a_bti is added to it.
+        bias_total: (O,), like total; None: there is no bias, or it is not wanted.
+        weight_gradient, bias_gradient: like total and bias_total; the plain gradients are added.
         kept, kept_index: for a W that has another use, such as an embedding that shares its table
             with this layer: both uses have to be added before the square. Where kept_index (B, O),
             integers, is not −1, that row of the sample's gradient is added to kept (N, I) at this
@@ -299,6 +302,8 @@ def fisher_linear(
             kept[kept_index[b, present].long()] += one[present].to(kept.dtype)
             one[present] = 0
         total.addcmul_(one, one)
+    if bias_total is not None:
+        fisher_affine(None, bias_total, None, gradients, bias_gradient=bias_gradient)
 
 
 def fisher_conv(
@@ -310,16 +315,19 @@ def fisher_conv(
     padding: tuple[int, ...],
     dilation: tuple[int, ...],
     groups: int,
+    bias_total: Tensor | None = None,
     weight_gradient: Tensor | None = None,
+    bias_gradient: Tensor | None = None,
 ) -> None:
-    """Of y = conv(a, W), 1d or 2d, as :func:`torch.nn.functional.conv2d` computes it.
+    """Of y = conv(a, W) + β, 1d or 2d, as :func:`torch.nn.functional.conv2d` computes it.
 
     Args:
         total: (O, I / groups, *kernel), float32 or float64, added to.
         activations: a (B, I, L) or (B, I, H, W), the layer's input, any floating dtype.
         gradients: g (B, O, L') or (B, O, H', W'), of the layer's output.
         stride, padding, dilation: a number an axis; the padding is zeros on both sides.
-        weight_gradient: like total; the plain gradient is added to it.
+        bias_total: (O,), like total; None: there is no bias, or it is not wanted.
+        weight_gradient, bias_gradient: like total and bias_total; the plain gradients are added.
     """
     axes = total.dim() - 2
     conv = (F.conv1d, F.conv2d)[axes - 1]
@@ -335,6 +343,9 @@ def fisher_conv(
             one = one.narrow(2 + axis, 0, size)
         one = one.unflatten(1, (groups, group_out)).flatten(1, 2).transpose(0, 1)
         _add_square(total, weight_gradient, one)
+    if bias_total is not None:
+        positions = gradients.flatten(2).transpose(1, 2)
+        fisher_affine(None, bias_total, None, positions, bias_gradient=bias_gradient)
 
 
 def fisher_embedding(

@@ -35,7 +35,7 @@ void copy_numbers(const char* name, const Numbers& from, std::int64_t* to, std::
 
 void fisher_linear(const cpu::Activity& activations, const cpu::Activity& gradients,
                    std::int64_t samples, std::int64_t steps, std::int64_t inputs,
-                   std::int64_t outputs, Address total, Address weight_gradient, Address kept,
+                   std::int64_t outputs, const cpu::Totals& totals, Address kept,
                    Address kept_index, int threads) {
   const cpu::Linear layer{samples,
                           steps,
@@ -44,8 +44,7 @@ void fisher_linear(const cpu::Activity& activations, const cpu::Activity& gradie
                           activations,
                           gradients,
                           {pointer<float>(kept), pointer<std::int32_t>(kept_index)},
-                          pointer<float>(total),
-                          pointer<float>(weight_gradient)};
+                          totals};
   py::gil_scoped_release release;
   cpu::fisher_linear(layer, threads);
 }
@@ -54,8 +53,8 @@ void fisher_conv(Address activations, int activations_dtype, const Numbers& acti
                  const cpu::Activity& gradients, std::int64_t samples, std::int64_t inputs,
                  std::int64_t outputs, std::int64_t groups, const Numbers& size,
                  const Numbers& out_size, const Numbers& kernel_size, const Numbers& stride,
-                 const Numbers& padding, const Numbers& dilation, Address total,
-                 Address weight_gradient, const Numbers& total_stride, int threads) {
+                 const Numbers& padding, const Numbers& dilation, const cpu::Totals& totals,
+                 const Numbers& total_stride, int threads) {
   cpu::Convolution layer{};
   std::int64_t in[2], out[2], kernel[2];
   copy_numbers("size", size, in, 2);
@@ -73,8 +72,7 @@ void fisher_conv(Address activations, int activations_dtype, const Numbers& acti
   layer.activations = pointer<void>(activations);
   layer.activations_dtype = static_cast<Dtype>(activations_dtype);
   layer.gradients = gradients;
-  layer.total = pointer<float>(total);
-  layer.weight_gradient = pointer<float>(weight_gradient);
+  layer.totals = totals;
   py::gil_scoped_release release;
   cpu::fisher_conv(layer, threads);
 }
@@ -99,8 +97,8 @@ void fisher_embedding(const cpu::Activity& gradients, std::int64_t rows, std::in
 void fisher_affine(const cpu::Activity& activations, const cpu::Activity& gradients,
                    std::int64_t samples, std::int64_t steps, std::int64_t channels, Address mean,
                    const Numbers& mean_stride, Address inverse_deviation,
-                   const Numbers& inverse_deviation_stride, Address total, Address bias_total,
-                   Address weight_gradient, Address bias_gradient, int threads) {
+                   const Numbers& inverse_deviation_stride, const cpu::Totals& totals,
+                   int threads) {
   cpu::Scaled layer{};
   layer.samples = samples, layer.steps = steps, layer.channels = channels;
   layer.activations = activations, layer.gradients = gradients;
@@ -109,10 +107,7 @@ void fisher_affine(const cpu::Activity& activations, const cpu::Activity& gradie
   copy_numbers("mean_stride", mean_stride, layer.mean_stride, 3);
   copy_numbers("inverse_deviation_stride", inverse_deviation_stride, layer.inverse_deviation_stride,
                3);
-  layer.total = pointer<float>(total);
-  layer.bias_total = pointer<float>(bias_total);
-  layer.weight_gradient = pointer<float>(weight_gradient);
-  layer.bias_gradient = pointer<float>(bias_gradient);
+  layer.totals = totals;
   py::gil_scoped_release release;
   cpu::fisher_affine(layer, threads);
 }
@@ -128,16 +123,23 @@ void bind_fisher(py::module_& m) {
            }),
            py::arg("data"), py::arg("dtype"), py::arg("sample_stride"), py::arg("step_stride"),
            py::arg("channel_stride"));
+  py::class_<cpu::Totals>(m, "FisherTotals")
+      .def(py::init(
+               [](Address weight, Address bias, Address weight_gradient, Address bias_gradient) {
+                 return cpu::Totals{pointer<float>(weight), pointer<float>(bias),
+                                    pointer<float>(weight_gradient), pointer<float>(bias_gradient)};
+               }),
+           py::arg("weight"), py::arg("bias"), py::arg("weight_gradient"),
+           py::arg("bias_gradient"));
   m.def("fisher_linear", &fisher_linear, py::arg("activations"), py::arg("gradients"),
         py::kw_only(), py::arg("samples"), py::arg("steps"), py::arg("inputs"), py::arg("outputs"),
-        py::arg("total"), py::arg("weight_gradient"), py::arg("kept"), py::arg("kept_index"),
-        py::arg("threads"));
+        py::arg("totals"), py::arg("kept"), py::arg("kept_index"), py::arg("threads"));
   m.def("fisher_conv", &fisher_conv, py::kw_only(), py::arg("activations"),
         py::arg("activations_dtype"), py::arg("activations_stride"), py::arg("gradients"),
         py::arg("samples"), py::arg("inputs"), py::arg("outputs"), py::arg("groups"),
         py::arg("size"), py::arg("out_size"), py::arg("kernel_size"), py::arg("stride"),
-        py::arg("padding"), py::arg("dilation"), py::arg("total"), py::arg("weight_gradient"),
-        py::arg("total_stride"), py::arg("threads"));
+        py::arg("padding"), py::arg("dilation"), py::arg("totals"), py::arg("total_stride"),
+        py::arg("threads"));
   m.def("fisher_embedding", &fisher_embedding, py::arg("gradients"), py::kw_only(), py::arg("rows"),
         py::arg("width"), py::arg("steps"), py::arg("token"), py::arg("segment_begin"),
         py::arg("row_begin"), py::arg("row_index"), py::arg("total"), py::arg("weight_gradient"),
@@ -145,8 +147,7 @@ void bind_fisher(py::module_& m) {
   m.def("fisher_affine", &fisher_affine, py::arg("activations"), py::arg("gradients"),
         py::kw_only(), py::arg("samples"), py::arg("steps"), py::arg("channels"), py::arg("mean"),
         py::arg("mean_stride"), py::arg("inverse_deviation"), py::arg("inverse_deviation_stride"),
-        py::arg("total"), py::arg("bias_total"), py::arg("weight_gradient"),
-        py::arg("bias_gradient"), py::arg("threads"));
+        py::arg("totals"), py::arg("threads"));
 }
 
 } // namespace bdu

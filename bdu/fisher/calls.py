@@ -47,9 +47,9 @@ class Call:
     settings: Arguments = field(default_factory=dict)
 
     @property
-    def key(self) -> tuple[str, ...]:
-        """The same for the same use in every batch."""
-        return (self.kind, *self.names.values())
+    def is_pair(self) -> bool:
+        """Whether one pass gives weight and bias; a bias that is added to x @ W comes apart."""
+        return len(self.names) == 2 and self.kind != "matmul"
 
     def kinds(self) -> dict[str, type[Contribution]]:
         """Role → what the call will contribute to it."""
@@ -81,15 +81,17 @@ class Watch(TorchFunctionMode):
         return output if call is None else self._seen(call, output)
 
 
-# torch's own attention in Python, but never handed to the mode as a whole: the calls in it are.
-_attention = FunctionType(
-    F.multi_head_attention_forward.__code__,
-    {**vars(F), "has_torch_function": lambda _: False},
-    "multi_head_attention_forward",
-    F.multi_head_attention_forward.__defaults__,
-    F.multi_head_attention_forward.__closure__,
-)
-_attention.__kwdefaults__ = F.multi_head_attention_forward.__kwdefaults__
+def _undispatched(function: Any) -> Any:
+    """A function of torch, in Python, that modes see the inside of and not the whole."""
+    own = {**function.__globals__, "has_torch_function": lambda _: False}
+    copy = FunctionType(function.__code__, own, function.__name__, function.__defaults__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+_attention = _undispatched(F.multi_head_attention_forward)
+# What a checkpoint recomputes in a backward has to be watched, too.
+backward = _undispatched(torch.autograd.backward)
 
 
 def _names(known: Known, **roles: Any) -> dict[str, str]:
@@ -395,10 +397,12 @@ def _of_token_norm(
         a = layout.by_sample(a, samples, channels).flatten(2)
         wide = a if a.dtype == torch.float64 else a.float()
         if call.kind == "layer_norm":
-            variance, mean = torch.var_mean(wide, 2, correction=0, keepdim=True)
+            # its statistics are what is wanted, and it is several times faster than var_mean
+            _, mean, inverse = torch.native_layer_norm(
+                wide, wide.shape[2:], None, None, call.settings["eps"]
+            )
         else:
-            variance = wide.square().mean(2, keepdim=True)
-        inverse = (variance + call.settings["eps"]).rsqrt()
+            inverse = (wide.square().mean(2, keepdim=True) + call.settings["eps"]).rsqrt()
     use = Scaled(a, g, mean, inverse)
     return {role: use if role == "weight" else Scaled(None, g) for role in call.names}
 

@@ -17,15 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bdu.fisher.calls import Call, Watch
+from bdu.fisher.calls import Call, Watch, backward
 from bdu.fisher.contributions import (
     Contribution,
     Rows,
-    Scaled,
     TiedTable,
     Tokens,
-    add_scale_and_shift,
     add_squares,
+    add_weight_and_bias,
     joined_rows,
 )
 from bdu.fisher.layout import Layout
@@ -84,7 +83,7 @@ class Capture:
         if self._root is None:
             return
         self._in_backward = True
-        torch.autograd.grad(total, [self._root], allow_unused=True)
+        backward([total], inputs=[self._root])
         for name in list(self._waiting):  # some uses have no influence on the loss
             self._add(name, self._waiting.pop(name))
         for name, table in self._tables.items():
@@ -137,13 +136,8 @@ class Capture:
         """Take the gradients of a call's output."""
         with torch.autocast(gradients.device.type, enabled=False):
             found = call.contributions(activations, gradients, layout, self._samples)
-            scale, names = found.get("weight"), list(call.names.values())
-            if (
-                len(found) == 2
-                and isinstance(scale, Scaled)
-                and all(len(self._uses[name]) == 1 for name in names)
-            ):
-                self._add_pair(call.names["weight"], call.names["bias"], scale)
+            if call.is_pair and all(len(self._uses[name]) == 1 for name in call.names.values()):
+                self._add_pair(call.names["weight"], call.names["bias"], found["weight"])
                 return
             for role, use in found.items():
                 self._receive(call.names[role], use)
@@ -189,11 +183,11 @@ class Capture:
         add_squares(total, gradient, uses)
         self._keep(name, total, gradient)
 
-    def _add_pair(self, scale: str, shift: str, use: Scaled) -> None:
-        (total, gradient), (other, other_gradient) = self._working(scale), self._working(shift)
-        add_scale_and_shift((total, other), (gradient, other_gradient), use)
-        self._keep(scale, total, gradient)
-        self._keep(shift, other, other_gradient)
+    def _add_pair(self, weight: str, bias: str, use: Contribution) -> None:
+        (total, gradient), (other, other_gradient) = self._working(weight), self._working(bias)
+        add_weight_and_bias((total, other), (gradient, other_gradient), use)
+        self._keep(weight, total, gradient)
+        self._keep(bias, other, other_gradient)
 
     def _working(self, name: str) -> tuple[Tensor, Tensor | None]:
         """The total and the gradient, or zeros beside the parameter where they are elsewhere."""

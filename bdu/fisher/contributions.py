@@ -164,37 +164,48 @@ def _add_one(total: Tensor, gradient: Tensor | None, use: Contribution) -> None:
         raise AssertionError(use)
 
 
-def add_scale_and_shift(
-    totals: tuple[Tensor, Tensor], gradients: tuple[Tensor | None, Tensor | None], use: Scaled
+def add_weight_and_bias(
+    totals: tuple[Tensor, Tensor], gradients: tuple[Tensor | None, Tensor | None], use: Contribution
 ) -> None:
-    """As `add_squares` for the scale and the shift of one normalisation, in one pass."""
-    flat = [None if t is None else t.view(-1) for t in (*totals, *gradients)]
-    fisher_ops.fisher_affine(
-        flat[0],
-        flat[1],
+    """As `add_squares` for the weight and the bias of one call, `use` being the weight's."""
+    total, bias_total = totals
+    options = {"weight_gradient": gradients[0], "bias_gradient": gradients[1]}
+    if isinstance(use, Rows):
+        fisher_ops.fisher_linear(
+            total, use.activations, use.gradients, bias_total=bias_total, **options
+        )
+    elif isinstance(use, Window):
+        _add_window(total, use, bias_total=bias_total, **options)
+    else:
+        assert isinstance(use, Scaled)
+        fisher_ops.fisher_affine(
+            total.view(-1),
+            bias_total.view(-1),
+            use.activations,
+            use.gradients,
+            mean=use.mean,
+            inverse_deviation=use.inverse_deviation,
+            **{name: None if t is None else t.view(-1) for name, t in options.items()},
+        )
+
+
+def _add_window(total: Tensor, use: Window, **options: Tensor | None) -> None:
+    fisher_ops.fisher_conv(
+        total,
         use.activations,
         use.gradients,
-        mean=use.mean,
-        inverse_deviation=use.inverse_deviation,
-        weight_gradient=flat[2],
-        bias_gradient=flat[3],
+        stride=use.stride,
+        padding=use.padding,
+        dilation=use.dilation,
+        groups=use.groups,
+        **options,
     )
 
 
 def _add_windows(total: Tensor, gradient: Tensor | None, uses: Sequence[Contribution]) -> None:
     windows = [use for use in uses if isinstance(use, Window)]
     if len(windows) == 1:
-        (use,) = windows
-        fisher_ops.fisher_conv(
-            total,
-            use.activations,
-            use.gradients,
-            stride=use.stride,
-            padding=use.padding,
-            dilation=use.dilation,
-            groups=use.groups,
-            weight_gradient=gradient,
-        )
+        _add_window(total, windows[0], weight_gradient=gradient)
         return
     # Images of different sizes have only their unfolded rows in common: sample by sample.
     for b in range(len(windows[0].gradients)):

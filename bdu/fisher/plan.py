@@ -223,6 +223,11 @@ def _edges(root: Any) -> Counter[int]:
     seen, stack = {root}, [root]
     while stack:
         for node, _ in stack.pop().next_functions:
+            if node is not None and node.name() == "CheckpointFunctionBackward":
+                raise ValueError(
+                    "model: expected activation checkpoints with use_reentrant=False, got True, "
+                    "whose gradients torch gives to whole backward passes only"
+                )
             if hasattr(node, "variable"):
                 edges[id(node.variable)] += 1
             elif node is not None and node not in seen:

@@ -21,12 +21,17 @@ struct Kept {
   const std::int32_t* index; // (samples, outputs), dense; negative: squared
 };
 
+// What is added to: dense float32; null where it is not wanted.
+struct Totals {
+  float *weight, *bias;                   // squares
+  float *weight_gradient, *bias_gradient; // without the square
+};
+
 struct Linear {
   std::int64_t samples, steps, inputs, outputs;
   Activity activations, gradients;
   Kept kept;
-  float* total;           // (outputs, inputs), dense, added to
-  float* weight_gradient; // likewise, or null
+  Totals totals; // (outputs, inputs) and (outputs)
 };
 
 void fisher_linear(const Linear& layer, int threads);
@@ -41,9 +46,8 @@ struct Convolution {
   Dtype activations_dtype;
   std::int64_t activations_stride[4]; // sample, channel, row, column
   Activity gradients;                 // a step is a position
-  float* total;                       // (outputs, inputs / groups, kernel)
-  float* weight_gradient;             // likewise, or null
-  std::int64_t total_stride[4];       // of both
+  Totals totals;                      // (outputs, inputs / groups, kernel) and (outputs)
+  std::int64_t total_stride[4];       // of a weight's, in any order
 };
 
 void fisher_conv(const Convolution& layer, int threads);
@@ -67,8 +71,8 @@ struct Scaled {
   std::int64_t samples, steps, channels;
   Activity activations, gradients; // activations.data is null where only the bias is wanted
   const float *mean, *inverse_deviation;
-  std::int64_t mean_stride[3], inverse_deviation_stride[3];    // sample, step, channel; 0 repeats
-  float *total, *bias_total, *weight_gradient, *bias_gradient; // (channels), or null
+  std::int64_t mean_stride[3], inverse_deviation_stride[3]; // sample, step, channel; 0 repeats
+  Totals totals;                                            // (channels)
 };
 
 void fisher_affine(const Scaled& layer, int threads);

@@ -73,6 +73,14 @@ void pack(const Matrix& matrix, std::int64_t rows, int columns, int width, float
   }
 }
 
+void column_sums(const float* rows, std::int64_t count, int width, float* sums) {
+  for (int first = 0; first < width; first += kLanes) {
+    Vector sum = {};
+    for (std::int64_t row = 0; row < count; ++row) sum += load(rows + row * width + first);
+    store(sums + first, sum);
+  }
+}
+
 void gather(const float* image, const Positions& at, const Segment* segments, int count, int width,
             float* out) {
   for (std::int64_t y = 0; y < at.height; ++y)
@@ -263,7 +271,8 @@ void affine(const Affine& affine) {
 } // namespace
 
 const FisherKernels& BDU_CONCATENATE(fisher_kernels_, BDU_ISA)() {
-  static const FisherKernels kernels{kLanes, kOutputs, pack, gather, tile, depthwise, affine};
+  static const FisherKernels kernels{kLanes, kOutputs, pack,      column_sums,
+                                     gather, tile,     depthwise, affine};
   return kernels;
 }
 

@@ -59,7 +59,7 @@ struct Depthwise {
 // x = (a - mean) * inverse_deviation; null stands for 0 and 1. Strides in elements, 0 to repeat.
 struct Statistic {
   const float* data;
-  std::int64_t sample_stride, step_stride, channel_stride;
+  std::int64_t step_stride, channel_stride;
 };
 
 struct Affine {
@@ -78,6 +78,8 @@ struct FisherKernels {
   int outputs; // at most, in a tile
   // Writes rows of `width` floats; those from `columns` on are zeros.
   void (*pack)(const Matrix&, std::int64_t rows, int columns, int width, float* out);
+  // Of rows of `width` floats that lie together: writes `width` sums, rounded up to a vector.
+  void (*column_sums)(const float* rows, std::int64_t count, int width, float* sums);
   void (*gather)(const float* image, const Positions&, const Segment*, int count, int width,
                  float* out);
   void (*tile)(const Tile&);
