@@ -2,13 +2,14 @@
 
 from bdu import fisher, optim
 from bdu.dispatch import use_backend
-from bdu.fisher import fisher_diagonal
+from bdu.fisher import FisherAccumulator, fisher_diagonal
 from bdu.memory import memory_plan
 from bdu.trainer import unlearn
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "FisherAccumulator",
     "__version__",
     "fisher",
     "fisher_diagonal",

@@ -18,7 +18,7 @@ from bdu.checkpoint import load_state_dict
 from bdu.cli import common, main
 from bdu.cli import unlearn as unlearn_command
 from bdu.data import load_images, save_npz
-from bdu.fisher import load_fisher
+from bdu.fisher import FisherAccumulator, load_fisher
 from bdu.models import build
 from bdu.runs import RunDirectory
 
@@ -241,6 +241,37 @@ def test_fisher_writes_a_file_for_every_parameter(planted, tmp_path):
     expected = {name: p.shape for name, p in model.named_parameters()}
     assert {name: f.shape for name, f in fisher.items()} == expected
     assert all(bool((f >= 0).all()) for f in fisher.values())
+
+
+def test_stopped_fisher_is_gone_on_with_only_when_asked_to(planted, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "new" / "fisher.safetensors"
+    partial = tmp_path / "new" / "fisher.safetensors.partial"
+    arguments = on(planted, "fisher", "--data", planted / "defender_clean.npz", "--out", out)
+    arguments = [*arguments, "--samples", "20", "--batch-size", "5", "--quiet"]
+    assert main(arguments) == 0
+    expected = load_fisher(out)
+    out.unlink()
+
+    add, calls = FisherAccumulator._add, []
+
+    def stopped(self, x, y, sums):
+        calls.append(len(y))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return add(self, x, y, sums)
+
+    monkeypatch.setattr(FisherAccumulator, "_add", stopped)
+    assert main(arguments) == 130
+    assert "--resume" in capsys.readouterr().err
+    assert partial.exists()
+    assert not out.exists()
+    assert main(arguments) == 1
+    assert "got the sums of a stopped computation" in capsys.readouterr().err
+    assert main([*arguments, "--resume"]) == 0
+    assert calls == [5, 5, 5, 5, 5]
+    assert not partial.exists()
+    for name, value in load_fisher(out).items():
+        assert torch.equal(value, expected[name]), name
 
 
 def test_doctor_names_every_operation_and_backend(capsys):

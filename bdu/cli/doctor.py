@@ -44,11 +44,11 @@ def run(options: argparse.Namespace) -> None:
     print()
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-    print(f"{'operation':16}{'device':8}" + "".join(f"{str(d)[6:]:>12}" for d in dtypes))
+    print(f"{'operation':18}{'device':8}" + "".join(f"{str(d)[6:]:>12}" for d in dtypes))
     for operation in dispatch.TABLE:
         for device in devices:
             served = [_serving(operation, device, dtype) for dtype in dtypes]
-            print(f"{operation:16}{device:8}" + "".join(f"{name:>12}" for name in served))
+            print(f"{operation:18}{device:8}" + "".join(f"{name:>12}" for name in served))
 
 
 def _serving(operation: str, device: str, dtype: torch.dtype) -> str:

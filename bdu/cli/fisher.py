@@ -20,13 +20,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--labels", choices=("empirical", "model"), default="empirical")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--out", required=True, type=Path, metavar="FILE.safetensors")
-    common.add_common(parser)
+    common.add_common(parser, resume=True)
 
 
 def run(options: argparse.Namespace) -> None:
     """Load, compute, write."""
     if options.out.suffix != ".safetensors":
         raise ValueError(f"--out: expected a .safetensors file, got {options.out}")
+    partial = options.out.with_name(options.out.name + ".partial")
+    if partial.exists() and not options.resume:
+        raise FileExistsError(f"{partial}: expected none, got the sums of a stopped computation")
     data = common.images(options.data, options, "--data", options.split)
     model = common.build_loaded(options, data.x.shape[1])
     count = len(data) if options.samples is None else min(options.samples, len(data))
@@ -36,9 +39,11 @@ def run(options: argparse.Namespace) -> None:
             data.x.split(options.batch_size), data.y.split(options.batch_size), strict=True
         )
     )
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     fisher = fisher_diagonal(
         model,
         batches,
+        resume=partial,
         samples=count,
         labels=options.labels,
         seed=options.seed,

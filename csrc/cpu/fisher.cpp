@@ -16,13 +16,15 @@ namespace {
 
 // Steps of a block: its packed activations, 128 bytes a step, stay in the second cache while the
 // tiles of all outputs pass.
-constexpr std::int64_t kBlockSteps = 1024;
+constexpr std::int64_t kBlockSteps = 2048;
 // Of the packed gradients, in floats: they are read once for every tile of inputs.
 constexpr std::int64_t kPackedGradients = 2 << 20;
-// A total of at most so many floats is added up in parts, one for some blocks of samples each, and
-// threads never wait for each other; a larger one tile by tile, by all threads together. The number
-// of parts depends on the shapes alone, and with it the order of summation.
-constexpr std::int64_t kPartTotal = 1 << 18, kAllParts = 1 << 22, kMostParts = 64, kFewestParts = 8;
+// A total of at most so many floats is added up in parts, one for some samples each, so that
+// threads need not wait for each other; a larger one tile by tile, by all threads together. The
+// number of parts depends on the shapes alone, and with it the order of summation.
+constexpr std::int64_t kPartTotal = 1 << 18, kAllParts = 1 << 22, kMostParts = 32, kFewestParts = 4;
+constexpr std::int64_t kFewestSteps = 512;    // of a part
+constexpr std::int64_t kUnpackedOutputs = 64; // at most, of a convolution that is read in place
 
 const FisherKernels& choose_kernels() {
 #if defined(BDU_X86)
@@ -95,7 +97,8 @@ struct Product {
 // Works through blocks of samples, with `threads` threads. What is packed is its own, so several
 // can work at a time. Of the source of the activations it wants
 //   begin(first, count, threads): this block of samples is next;
-//   pack(group, first_input, inputs, width, out): writes their activations, zeros up to the width.
+//   place(group, first_input, inputs, buffer, tile): tells the tile where their activations are,
+//   after packing them into the buffer if they are not where a vector of inputs lies together.
 template <class Source>
 class Worker {
  public:
@@ -181,13 +184,10 @@ class Worker {
       Tile tile{};
       tile.vectors = static_cast<int>(panels_.size(panel));
       tile.samples = count_;
-      tile.steps = layer_.steps;
       const int width = tile.vectors * kernels().lanes;
       const std::int64_t input = panels_.begin(panel) * kernels().lanes;
       tile.inputs = static_cast<int>(std::min<std::int64_t>(width, layer_.inputs - input));
-      float* activations = activations_[thread_number()].at_least(count_ * tile.steps * width);
-      source_.pack(first_group_ + group, input, tile.inputs, width, activations);
-      tile.activations = activations;
+      source_.place(first_group_ + group, input, activations_[thread_number()], tile);
       const std::int64_t run = task % runs.pieces();
       for (std::int64_t t = runs.begin(run); t < runs.begin(run) + runs.size(run); ++t) {
         tile.outputs = static_cast<int>(tiles_.size(first_tile_ + t));
@@ -266,32 +266,44 @@ class Part {
   std::vector<float> weight_, weight_gradient_, bias_, bias_gradient_;
 };
 
+std::int64_t count_parts(const Product& layer) {
+  if (layer.weights() > kPartTotal || layer.kept.rows != nullptr) return 1;
+  const std::int64_t parts =
+      std::min({kMostParts, kAllParts / std::max<std::int64_t>(1, layer.weights()), layer.samples,
+                layer.samples * layer.steps / kFewestSteps});
+  return parts < kFewestParts ? 1 : parts;
+}
+
 template <class Source>
 void add_squares(const Product& layer, const Source& source, int threads) {
   if (layer.samples == 0 || layer.steps == 0 || layer.outputs == 0) return;
-  const Pieces blocks(layer.samples,
-                      std::clamp<std::int64_t>(kBlockSteps / layer.steps, 1, layer.samples));
-  const std::int64_t parts =
-      layer.weights() <= kPartTotal && layer.kept.rows == nullptr
-          ? std::min({blocks.pieces(), kMostParts,
-                      kAllParts / std::max<std::int64_t>(1, layer.weights())})
-          : 1;
-  if (parts < kFewestParts) {
-    Worker<Source> worker(layer, source, threads);
-    for (std::int64_t b = 0; b < blocks.pieces(); ++b) worker.add(blocks.begin(b), blocks.size(b));
-    return;
-  }
-  std::vector<Part> part(parts, Part(layer));
-  const Pieces own_blocks(blocks.pieces(), divided_up(blocks.pieces(), parts));
+  const std::int64_t most = std::max<std::int64_t>(1, kBlockSteps / layer.steps);
+  const auto work = [&](const Product& own, std::int64_t first, std::int64_t count, int threads) {
+    Worker<Source> worker(own, source, threads);
+    const Pieces blocks(count, most);
+    for (std::int64_t b = 0; b < blocks.pieces(); ++b)
+      worker.add(first + blocks.begin(b), blocks.size(b));
+  };
+  const Pieces pieces(layer.samples, divided_up(layer.samples, count_parts(layer)));
+  if (pieces.pieces() == 1) return work(layer, 0, layer.samples, threads);
+
+  std::vector<Part> parts(pieces.pieces(), Part(layer));
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (threads > 1)
-  for (std::int64_t p = 0; p < own_blocks.pieces(); ++p) {
+  for (std::int64_t p = 0; p < pieces.pieces(); ++p) {
     Product own = layer;
-    own.totals = part[p].totals();
-    Worker<Source> worker(own, source, 1);
-    for (std::int64_t b = own_blocks.begin(p); b < own_blocks.begin(p) + own_blocks.size(p); ++b)
-      worker.add(blocks.begin(b), blocks.size(b));
+    own.totals = parts[p].totals();
+    work(own, pieces.begin(p), pieces.size(p), 1);
   }
-  for (const Part& p : part) p.add_to(layer.totals);
+  for (const Part& part : parts) part.add_to(layer.totals);
+}
+
+// Samples and steps one after the other, each with its inputs and nothing between.
+void packed_in(const float* buffer, std::int64_t steps, Tile& tile) {
+  const std::int64_t width = tile.vectors * kernels().lanes;
+  tile.activations = buffer;
+  tile.positions = {1, steps, 0, width};
+  tile.sample_stride = steps * width;
+  for (int v = 0; v < tile.vectors; ++v) tile.offset[v] = v * kernels().lanes;
 }
 
 class Rows {
@@ -300,12 +312,15 @@ class Rows {
 
   void begin(std::int64_t first, std::int64_t count, int) { first_ = first, count_ = count; }
 
-  void pack(std::int64_t, std::int64_t first_input, int inputs, int width, float* out) const {
+  void place(std::int64_t, std::int64_t first_input, Floats& buffer, Tile& tile) const {
+    const int width = tile.vectors * kernels().lanes;
+    float* out = buffer.at_least(count_ * steps_ * width);
+    packed_in(out, steps_, tile);
     for (std::int64_t sample = first_; sample < first_ + count_; ++sample, out += steps_ * width)
       kernels().pack(
           {at(a_.data, a_.dtype, sample * a_.sample_stride + first_input * a_.channel_stride),
            a_.dtype, a_.step_stride, a_.channel_stride},
-          steps_, inputs, width, out);
+          steps_, tile.inputs, width, out);
   }
 
  private:
@@ -376,26 +391,40 @@ class Windows {
       image_.fill(first + sample, 0, images_ + sample * image_.size());
   }
 
-  void pack(std::int64_t group, std::int64_t first_input, int inputs, int width, float* out) const {
+  void place(std::int64_t group, std::int64_t first_input, Floats& buffer, Tile& tile) const {
     const std::int64_t channels = layer_->inputs / layer_->groups;
+    const int lanes = kernels().lanes;
+    const Positions positions = image_.positions();
+    const auto offset = [&](std::int64_t input) {
+      return image_.offset(input / channels) + group * channels + input % channels;
+    };
+    // Few outputs would not pay for the packing; many would miss the cache with the image's
+    // strides.
+    if (channels % lanes == 0 && layer_->outputs / layer_->groups <= kUnpackedOutputs) {
+      tile.activations = images_;
+      tile.positions = positions;
+      tile.sample_stride = image_.size();
+      for (int v = 0; v < tile.vectors; ++v) tile.offset[v] = offset(first_input + v * lanes);
+      return;
+    }
     std::vector<Segment> segments;
-    for (int column = 0; column < inputs;) {
-      const std::int64_t tap = (first_input + column) / channels;
-      const std::int64_t channel = (first_input + column) % channels;
-      const auto length =
-          static_cast<int>(std::min<std::int64_t>(channels - channel, inputs - column));
-      const std::int64_t offset = image_.offset(tap) + group * channels + channel;
-      if (!segments.empty() && segments.back().offset + segments.back().length == offset)
+    for (int column = 0; column < tile.inputs;) {
+      const auto length = static_cast<int>(std::min<std::int64_t>(
+          channels - (first_input + column) % channels, tile.inputs - column));
+      const std::int64_t begin = offset(first_input + column);
+      if (!segments.empty() && segments.back().offset + segments.back().length == begin)
         segments.back().length += length;
       else
-        segments.push_back({offset, column, length});
+        segments.push_back({begin, column, length});
       column += length;
     }
-    const Positions positions = image_.positions();
     const std::int64_t steps = positions.height * positions.width;
-    for (std::int64_t sample = 0; sample < count_; ++sample)
+    const int width = tile.vectors * lanes;
+    float* out = buffer.at_least(count_ * steps * width);
+    packed_in(out, steps, tile);
+    for (std::int64_t sample = 0; sample < count_; ++sample, out += steps * width)
       kernels().gather(images_ + sample * image_.size(), positions, segments.data(),
-                       static_cast<int>(segments.size()), width, out + sample * steps * width);
+                       static_cast<int>(segments.size()), width, out);
   }
 
   // Where in the total an input of a group stands.

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #include "../convert.h"
@@ -43,7 +44,19 @@ template <class Element>
 void pack_as(const Matrix& matrix, std::int64_t rows, int columns, int width, float* out) {
   const auto* data = static_cast<const Element*>(matrix.data);
   if (matrix.column_stride == 1) {
-    for (std::int64_t row = 0; row < rows; ++row) {
+    std::int64_t row = 0;
+    if constexpr (std::is_same_v<Element, float>) {
+      // A vector at once, where what is read too much belongs to the next row, and what is written
+      // too much is written again. The tile's rows are short, and copying them is not for nothing.
+      if (columns == width && columns <= kLanes && matrix.row_stride + columns >= kLanes)
+        for (; row < rows - kLanes; ++row)
+          store(out + row * width, load(data + row * matrix.row_stride));
+      else if (columns == width && columns == 2 * kLanes)
+        for (; row < rows; ++row)
+          for (int half = 0; half < 2 * kLanes; half += kLanes)
+            store(out + row * width + half, load(data + row * matrix.row_stride + half));
+    }
+    for (; row < rows; ++row) {
       const Element* in = data + row * matrix.row_stride;
       float* to = out + row * width;
       for (int column = 0; column < columns; ++column) to[column] = from(in[column]);
@@ -101,22 +114,26 @@ void gather(const float* image, const Positions& at, const Segment* segments, in
 
 template <int outputs, int vectors>
 void tile_of(const Tile& tile) {
-  const float* a = tile.activations;
+  const Positions& at = tile.positions;
   const float* g = tile.gradients;
   for (std::int64_t sample = 0; sample < tile.samples; ++sample) {
     Vector sum[outputs][vectors] = {};
-    for (std::int64_t step = 0; step < tile.steps; ++step) {
-      Vector input[vectors];
+    for (std::int64_t y = 0; y < at.height; ++y) {
+      const float* row = tile.activations + sample * tile.sample_stride + y * at.row_stride;
+      const float* from[vectors];
+      for (int v = 0; v < vectors; ++v) from[v] = row + tile.offset[v];
+      for (std::int64_t x = 0; x < at.width; ++x) {
+        Vector input[vectors];
 #pragma GCC unroll 2
-      for (int v = 0; v < vectors; ++v) input[v] = load(a + v * kLanes);
+        for (int v = 0; v < vectors; ++v) input[v] = load(from[v] + x * at.column_stride);
 #pragma GCC unroll 16
-      for (int o = 0; o < outputs; ++o) {
-        const float gradient = g[o];
+        for (int o = 0; o < outputs; ++o) {
+          const float gradient = g[o];
 #pragma GCC unroll 2
-        for (int v = 0; v < vectors; ++v) sum[o][v] += gradient * input[v];
+          for (int v = 0; v < vectors; ++v) sum[o][v] += gradient * input[v];
+        }
+        g += outputs;
       }
-      a += vectors * kLanes;
-      g += outputs;
     }
     if (tile.sums != nullptr)
       for (int o = 0; o < outputs; ++o)

@@ -20,14 +20,24 @@ struct Matrix { // strides in elements
   std::int64_t row_stride, column_stride;
 };
 
+// The steps of a sample as places: a row of them, or those of a convolution's output in a padded,
+// channels-last image. Strides in floats.
+struct Positions {
+  std::int64_t height, width;
+  std::int64_t row_stride, column_stride;
+};
+
 // All samples of a block against one tile of weights.
 struct Tile {
   int outputs, vectors;
-  std::int64_t samples, steps;
-  const float* activations; // (samples, steps, vectors * lanes)
-  const float* gradients;   // (samples, steps, outputs)
-  float* squares;           // (outputs, vectors * lanes), added to
-  float* sums;              // likewise without the square, or null
+  std::int64_t samples;
+  Positions positions;
+  const float* activations; // of the first sample at the first position
+  std::int64_t sample_stride;
+  std::int64_t offset[kTileVectors]; // of each vector of inputs from a position
+  const float* gradients;            // (samples, positions, outputs)
+  float* squares;                    // (outputs, vectors * lanes), added to
+  float* sums;                       // likewise without the square, or null
   // Rows that are added to kept[kept_index[sample][output]] in place of the square; null: none.
   float* kept;                    // at the tile's first input
   const std::int32_t* kept_index; // at the block's first sample and the tile's first output
@@ -38,12 +48,6 @@ struct Tile {
 struct Segment { // neighbours in the image that are neighbours in the packed inputs
   std::int64_t offset;
   int column, length;
-};
-
-// The positions of a convolution's output, as places in a padded, channels-last image.
-struct Positions {
-  std::int64_t height, width;
-  std::int64_t row_stride, column_stride; // in floats
 };
 
 struct Depthwise {
