@@ -457,6 +457,56 @@ def test_model_that_vmap_cannot_run_is_exact_and_says_why():
         fisher_diagonal(model, (x, y), batch_size=1, progress=False)
 
 
+def test_recurrent_layer_is_exact_one_sample_at_a_time():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.recurrent = nn.LSTM(4, 5, batch_first=True)
+            self.head = nn.Linear(5, CLASSES)
+
+        def forward(self, x):
+            return self.head(self.recurrent(x)[0][:, -1])
+
+    model = Recurrent().double()
+    names = [f"recurrent.{name}" for name, _ in model.recurrent.named_parameters()]
+    exact(model, torch.randn(5, 3, 4).double(), labels_for(5), warns=names)
+
+
+def test_layer_called_once_a_step_of_a_loop_is_added_before_the_square():
+    class Steps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.into, self.again = nn.Linear(4, 5), nn.Linear(5, 5)
+            self.head = nn.Linear(5, CLASSES)
+
+        def forward(self, x):
+            h = x.new_zeros(len(x), 5)
+            for t in range(x.shape[1]):
+                h = (self.into(x[:, t]) + self.again(h)).tanh()
+            return self.head(h)
+
+    exact(Steps().double(), torch.randn(5, 3, 4).double(), labels_for(5))
+
+
+def test_convolution_shared_by_images_of_two_sizes():
+    class Pyramid(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shared, self.head = nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.Linear(4, CLASSES)
+
+        def forward(self, x):
+            sizes = (x, x[:, :, ::2, 1::2])
+            return self.head(sum(self.shared(s).tanh().mean((2, 3)) for s in sizes))
+
+    exact(Pyramid().double(), torch.randn(5, 3, 8, 8).double(), labels_for(5))
+
+
+def test_scripted_model_is_refused_by_name():
+    model = torch.jit.script(nn.Linear(4, CLASSES))
+    with pytest.raises(ValueError, match=r"model: .*TorchScript"):
+        fisher_diagonal(model, (torch.randn(3, 4), labels_for(3)), progress=False)
+
+
 def test_error_of_the_model_itself_is_not_taken_for_a_limit_of_vmap():
     class Broken(Scaled):
         calls = 0

@@ -405,6 +405,29 @@ def test_stopped_computation_goes_on_where_it_was(tmp_path, monkeypatch):
     assert_equal(found, expected)
 
 
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_tokens_as_samples_are_squared_token_by_token(batch_size):
+    model, x = gpt2(), text()
+    y = next_tokens(x)
+    total, tokens = None, 0
+    for b in range(len(y)):
+        for t in range(y.shape[1]):
+            if y[b, t] == -100:
+                continue
+            alone = torch.full_like(y[b : b + 1], -100)
+            alone[0, t] = y[b, t]
+            one = by_loop(model, {k: v[b : b + 1] for k, v in x.items()}, alone)
+            total = one if total is None else {n: total[n] + one[n] for n in one}
+            tokens += 1
+    expected = {name: value / tokens for name, value in total.items()}
+    options = {"sample": "token", "batch_size": batch_size, "progress": False}
+    assert_equal(fisher_diagonal(model, [(x, y)], **options), expected)
+    with pytest.raises(ValueError, match='sample: expected "sequence" beside a callable'):
+        fisher_diagonal(model, [(x, y)], sample="token", loss=log_loss)
+    with pytest.raises(ValueError, match=r'loader: expected y \(B, T\) with sample="token"'):
+        fisher_diagonal(nn.Linear(2, 3), (torch.ones(4, 2), torch.zeros(4).long()), sample="token")
+
+
 def test_larger_batches_of_a_loader_are_cut():
     model, x = gpt2(), text()
     y = next_tokens(x)

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from bdu.checkpoint import load_state, save_state
 from bdu.fisher.capture import Capture, Plan
 from bdu.fisher.likelihood import (
+    IGNORED_LABEL,
     Loss,
     check_labels,
     cross_entropy,
@@ -30,6 +31,7 @@ from bdu.fisher.model import (
     known_positions,
     moved,
     refuse_coupled_samples,
+    rows_of,
     run,
     selected_parameters,
     untouched,
@@ -47,6 +49,7 @@ def fisher_diagonal(
     samples: int | None = None,
     labels: Literal["empirical", "model"] = "empirical",
     loss: Literal["cross_entropy"] | Loss = "cross_entropy",
+    sample: Literal["sequence", "token"] = "sequence",
     parameters: Iterable[str] | None = None,
     seed: int = 0,
     batch_size: int | None = None,
@@ -55,10 +58,6 @@ def fisher_diagonal(
     progress: bool = True,
 ) -> dict[str, Tensor]:
     """Return F_i = mean over samples of (∂ log p(y|x) / ∂θ_i)², exact whatever the batch size.
-
-    A sample is what has one label y in classification, and a whole sequence, whose labelled tokens'
-    log-probabilities are summed, in language modelling. To take tokens for samples, hand them over
-    one by one.
 
     Args:
         model: in the mode it is to be measured in; nothing may couple or randomise its samples.
@@ -73,6 +72,9 @@ def fisher_diagonal(
             number a label in the order of the samples (one draw a sample of the true Fisher).
         loss: "cross_entropy" is −log p(y|x), summed over a sequence's labelled tokens; or a
             callable from (logits, y) to one value a sample, shape (B,), each of its sample alone.
+        sample: of a language model's logits (B, T, C), "sequence": all labelled tokens of a row
+            are one sample, their log-probabilities added before the square; "token": each labelled
+            token given those before it is a sample, at one forward and backward a position.
         parameters: names from `model.named_parameters()`; None is all that require a gradient.
         seed: for labels="model".
         batch_size: samples that go through the model at once, at most; larger batches are cut,
@@ -104,24 +106,25 @@ def fisher_diagonal(
         model,
         labels=labels,
         loss=loss,
+        sample=sample,
         parameters=parameters,
         seed=seed,
         fisher_device=fisher_device,
     )
+    total = samples
+    if isinstance(loader, tuple) and len(loader) == 2 and isinstance(loader[1], Tensor):
+        known = loader[1].shape[:1].numel()
+        total = known if samples is None else min(samples, known)
     file = None if resume is None else Path(resume)
     if file is not None and file.exists():
         accumulator.load(file)
     saved = time.monotonic()
     bar = tqdm(
-        total=samples,
-        initial=accumulator.samples,
-        desc="Fisher",
-        unit="sample",
-        disable=not progress,
+        total=total, initial=accumulator.rows, desc="Fisher", unit="row", disable=not progress
     )
     try:
         with bar, untouched(model):
-            for x, y in batches(loader, samples, batch_size, accumulator.samples):
+            for x, y in batches(loader, samples, batch_size, accumulator.rows):
                 accumulator._add(x, y, None)
                 bar.update(len(y))
                 if file is not None and time.monotonic() - saved > _SAVE_EVERY:
@@ -131,7 +134,7 @@ def fisher_diagonal(
         if file is not None and accumulator.samples:
             accumulator.save(file)
         raise
-    fisher = accumulator.diagonal()
+    fisher = accumulator._finished()
     if file is not None:
         file.unlink(missing_ok=True)
     return fisher
@@ -155,6 +158,7 @@ class FisherAccumulator:
 
     Attributes:
         samples: how many have been added.
+        rows: the same, of the first axis of x; fewer where each of them has several tokens.
     """
 
     def __init__(
@@ -163,6 +167,7 @@ class FisherAccumulator:
         *,
         labels: Literal["empirical", "model"] = "empirical",
         loss: Literal["cross_entropy"] | Loss = "cross_entropy",
+        sample: Literal["sequence", "token"] = "sequence",
         parameters: Iterable[str] | None = None,
         seed: int = 0,
         fisher_device: torch.device | str | None = None,
@@ -171,6 +176,11 @@ class FisherAccumulator:
             raise ValueError(f'labels: expected "empirical" or "model", got {labels!r}')
         if not (loss == "cross_entropy" or callable(loss)):
             raise ValueError(f'loss: expected "cross_entropy" or a callable, got {loss!r}')
+        if sample not in ("sequence", "token"):
+            raise ValueError(f'sample: expected "sequence" or "token", got {sample!r}')
+        if sample == "token" and callable(loss):
+            raise ValueError('sample: expected "sequence" beside a callable loss, got "token"')
+        self._sample = sample
         self._model = model
         self._selected = selected_parameters(model, parameters)
         refuse_coupled_samples(model)
@@ -185,17 +195,17 @@ class FisherAccumulator:
             for name, p in self._selected.items()
         }
         self._plan: Plan | None = None
-        self.samples = 0
+        self.samples = self.rows = 0
 
     def add(self, x: Any, y: Tensor) -> Tensor:
-        """Add a batch; returns the loss of each sample, (B,). Leaves the model as it was."""
+        """Add a batch; returns the loss of each row, (B,). Leaves the model as it was."""
         with untouched(self._model):
             return self._add(x, y, None)
 
     def backward(self, x: Any, y: Tensor) -> Tensor:
         """As `add`, and add the gradient of the mean loss to `p.grad` of the selected parameters.
 
-        Returns: the loss of each sample, (B,), without a graph.
+        Returns: the loss of each row, (B,), without a graph.
         """
         sums = {name: _zeros(p, p.device) for name, p in self._selected.items()}
         with untouched(self._model):
@@ -215,9 +225,22 @@ class FisherAccumulator:
         _check_finite(self._totals)
         return {name: (total / self.samples).contiguous() for name, total in self._totals.items()}
 
+    def _finished(self) -> dict[str, Tensor]:
+        """As `diagonal`, without a second copy; nothing can be added any more."""
+        if self.samples:
+            _check_finite(self._totals)
+            for name, total in self._totals.items():
+                self._totals[name] = total.div_(self.samples).contiguous()
+            return self._totals
+        return self.diagonal()
+
     def save(self, path: str | PathLike[str]) -> None:
         """Write the sums so far, whole or not at all."""
-        state = {"samples": self.samples, "generator": self._generator.get_state()}
+        state = {
+            "samples": self.samples,
+            "rows": self.rows,
+            "generator": self._generator.get_state(),
+        }
         totals = {name: total.cpu().contiguous() for name, total in self._totals.items()}
         save_state(path, {**state, "computation": self._computation(), "totals": totals})
 
@@ -233,7 +256,7 @@ class FisherAccumulator:
                 )
         for name, total in state["totals"].items():
             self._totals[name].copy_(total)
-        self.samples = state["samples"]
+        self.samples, self.rows = state["samples"], state["rows"]
         self._generator.set_state(state["generator"])
 
     def _computation(self) -> dict[str, Any]:
@@ -241,6 +264,7 @@ class FisherAccumulator:
         return {
             "labels": self._labels,
             "loss": self._loss_name,
+            "sample": self._sample,
             "seed": self._seed,
             "parameters": {name: list(p.shape) for name, p in self._selected.items()},
             "model": {name: _fingerprint(p) for name, p in self._selected.items()},
@@ -249,8 +273,22 @@ class FisherAccumulator:
     def _add(self, x: Any, y: Tensor, sums: Mapping[str, Tensor] | None) -> Tensor:
         """Within `untouched`."""
         x, y = moved(x, self._device), y.to(self._device)
+        self.rows += len(y)
+        if self._sample == "sequence":
+            return self._add_samples(x, y, sums)
+        if y.dim() != 2:
+            raise ValueError(f'loader: expected y (B, T) with sample="token", got {tuple(y.shape)}')
+        losses = torch.zeros(len(y), device=y.device)
+        for position in range(y.shape[1]):
+            (labelled,) = torch.nonzero(y[:, position] != IGNORED_LABEL, as_tuple=True)
+            alone = torch.full_like(y[labelled], IGNORED_LABEL)
+            alone[:, position] = y[labelled, position]
+            losses[labelled] += self._add_samples(rows_of(x, labelled), alone, sums).float()
+        return losses
+
+    def _add_samples(self, x: Any, y: Tensor, sums: Mapping[str, Tensor] | None) -> Tensor:
         if not len(y):
-            return torch.zeros(0)
+            return torch.zeros(0, device=self._device)
         if self._plan is None:
             draw = self._by_name or self._labels == "model"
             self._plan = make_plan(self._model, self._selected, self._losses, x, y, draw)

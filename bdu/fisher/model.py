@@ -31,6 +31,8 @@ def selected_parameters(model: nn.Module, names: Iterable[str] | None) -> dict[s
 
 def refuse_coupled_samples(model: nn.Module) -> None:
     """Raise ValueError for a module that couples or randomises samples, with the reason."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError("model: expected a module in Python, got one of TorchScript")
     for name, module in model.named_modules():
         match module:
             case _BatchNorm() if module.training or module.running_mean is None:

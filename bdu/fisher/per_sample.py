@@ -16,7 +16,13 @@ from bdu.fisher.model import mapped, rows_of, run
 _BLOCK = 2**25
 
 # What torch says when vmap cannot express a model, as opposed to the model being at fault.
-_VMAP_LIMITS = ("vmap", "functorch", "Batching rule", "During a grad")
+_VMAP_LIMITS = (
+    "vmap",
+    "functorch",
+    "Batching rule",
+    "During a grad",
+    "doesn't match the broadcast shape",  # recurrent layers, which write in place
+)
 
 
 class PerSample:
