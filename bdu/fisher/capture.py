@@ -134,7 +134,11 @@ class Capture:
         self, call: Call, layout: Layout, activations: Tensor | None, gradients: Tensor
     ) -> None:
         """Take the gradients of a call's output."""
-        with torch.autocast(gradients.device.type, enabled=False):
+        # nothing in here is the model's
+        with (
+            torch._C.DisableTorchFunction(),
+            torch.autocast(gradients.device.type, enabled=False),
+        ):
             found = call.contributions(activations, gradients, layout, self._samples)
             if call.is_pair and all(len(self._uses[name]) == 1 for name in call.names.values()):
                 self._add_pair(call.names["weight"], call.names["bias"], found["weight"])

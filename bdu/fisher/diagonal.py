@@ -298,8 +298,6 @@ class FisherAccumulator:
                 if name not in self._plan.parameters
             }
             self._per_sample = PerSample(self._model, rest, self._losses)
-        for parameter in self._model.parameters():
-            parameter.requires_grad_(False)
         if self._by_name and self._labels == "empirical":
             check_labels(y, self._plan.classes)
         capture = Capture(self._plan, self._totals, sums)

@@ -60,7 +60,8 @@ def random_states(model: nn.Module) -> list[Tensor]:
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Give back the model's flags and buffers and torch's own state as they were."""
+    """No parameter requires a gradient inside; afterwards the model's flags and buffers and torch's
+    own state are as they were."""
     flags = [(p, p.requires_grad) for p in model.parameters()]
     buffers = [
         (module._buffers, own, b, b._version, b.clone())
@@ -74,12 +75,16 @@ def untouched(model: nn.Module) -> Iterator[None]:
             # the fast path of attention skips modules; a cached cast hides a weight's second use
             torch.backends.mha.set_fastpath_enabled(False)
             torch.set_autocast_cache_enabled(False)
+            for parameter, flag in flags:
+                if flag:
+                    parameter.requires_grad_(False)
             yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fastpath)
             torch.set_autocast_cache_enabled(cache)
             for parameter, flag in flags:
-                parameter.requires_grad_(flag)
+                if parameter.requires_grad != flag:
+                    parameter.requires_grad_(flag)
             for buffers_of, own, buffer, version, value in buffers:
                 buffers_of[own] = buffer
                 if buffer._version != version:

@@ -47,8 +47,8 @@ def make_plan(
         ValueError: the model or the loss mixes samples, draws random numbers, or has no gradient.
     """
     by_id = {id(p): name for name, p in selected.items()}
-    for parameter in model.parameters():
-        parameter.requires_grad_(id(parameter) in by_id)
+    for parameter in selected.values():
+        parameter.requires_grad_()
     attempt = partial(_attempt, model, by_id, losses, x, y, draw)
 
     before = random_states(model)
@@ -74,7 +74,7 @@ def make_plan(
         else:
             two = tapped
     _refuse_mixing(two, layouts, names)
-    for parameter in model.parameters():
+    for parameter in selected.values():
         parameter.requires_grad_(False)
     return Plan(
         {name: p for name, p in selected.items() if name in names},

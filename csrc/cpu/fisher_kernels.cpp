@@ -204,7 +204,7 @@ void depthwise(const Depthwise& d, const Positions& at) {
   for (; k < d.count; ++k) depthwise_taps<1>(d, at, k);
 }
 
-// Up to `count` elements as floats: in place where they are floats that lie together.
+// `count` elements of a matrix as floats: in place where they are floats that lie together.
 const float* floats(const Matrix& matrix, std::int64_t offset, std::int64_t stride, int count,
                     float* buffer) {
   if (matrix.dtype == Dtype::float32 && stride == 1)
@@ -214,67 +214,109 @@ const float* floats(const Matrix& matrix, std::int64_t offset, std::int64_t stri
   return buffer;
 }
 
-float at(const Statistic& statistic, std::int64_t step, int channel, float missing) {
-  if (statistic.data == nullptr) return missing;
-  return statistic.data[step * statistic.step_stride + channel * statistic.channel_stride];
-}
+constexpr int kPair = 2 * kLanes;
 
-void affine_by_step(const Affine& affine) {
-  alignas(64) float products[kAffineChannels] = {}, sums[kAffineChannels] = {};
-  alignas(64) float a_buffer[kAffineChannels], g_buffer[kAffineChannels];
-  alignas(64) float mean[kAffineChannels], scale[kAffineChannels];
-  const int n = affine.channels;
-  const bool varies = affine.mean.step_stride != 0 || affine.inverse_deviation.step_stride != 0;
-  for (std::int64_t step = 0; step < affine.steps; ++step) {
-    const Matrix &am = affine.activations, &gm = affine.gradients;
-    const float* g = floats(gm, step * gm.row_stride, gm.column_stride, n, g_buffer);
-    for (int c = 0; c < n; ++c) sums[c] += g[c];
-    if (am.data == nullptr) continue;
-    if (step == 0 || varies)
-      for (int c = 0; c < n; ++c) {
-        mean[c] = at(affine.mean, step, c, 0.0f);
-        scale[c] = at(affine.inverse_deviation, step, c, 1.0f);
-      }
-    const float* a = floats(am, step * am.row_stride, am.column_stride, n, a_buffer);
-    for (int c = 0; c < n; ++c) products[c] += g[c] * ((a[c] - mean[c]) * scale[c]);
+// Two vectors of channels, zeros where there are fewer.
+struct Pair {
+  Vector low = {}, high = {};
+
+  void read(const float* from, int count) {
+    if (count == kPair) {
+      low = load(from), high = load(from + kLanes);
+      return;
+    }
+    float own[kPair] = {};
+    std::copy_n(from, count, own);
+    low = load(own), high = load(own + kLanes);
   }
-  std::copy_n(sums, n, affine.sums);
-  std::copy_n(products, n, affine.products);
+  void write(float* to, int count) const {
+    float own[kPair];
+    store(own, low), store(own + kLanes, high);
+    std::copy_n(own, count, to);
+  }
+};
+
+Pair read(const Statistic& statistic, std::int64_t step, int first, int count, float missing) {
+  float own[kPair] = {};
+  for (int c = 0; c < count; ++c)
+    own[c] =
+        statistic.data == nullptr
+            ? missing
+            : statistic.data[step * statistic.step_stride + (first + c) * statistic.channel_stride];
+  Pair pair;
+  pair.read(own, kPair);
+  return pair;
 }
 
+// Channels that lie together are the lanes; steps add up.
+void affine_by_step(const Affine& affine) {
+  const Matrix &am = affine.activations, &gm = affine.gradients;
+  const Statistic &mean = affine.mean, &scale = affine.inverse_deviation;
+  const bool varies = mean.step_stride != 0 || scale.step_stride != 0;
+  const bool one = mean.channel_stride == 0 && scale.channel_stride == 0; // for all channels
+  float a_buffer[kPair], g_buffer[kPair];
+  for (int first = 0; first < affine.channels; first += kPair) {
+    const int count = std::min(kPair, affine.channels - first);
+    Pair sum, product, m = read(mean, 0, first, count, 0.0f),
+                       s = read(scale, 0, first, count, 1.0f);
+    Pair a, g;
+    for (std::int64_t step = 0; step < affine.steps; ++step) {
+      const std::int64_t g_offset = step * gm.row_stride + first * gm.column_stride;
+      g.read(floats(gm, g_offset, gm.column_stride, count, g_buffer), count);
+      sum.low += g.low, sum.high += g.high;
+      if (am.data == nullptr) continue;
+      if (varies && one) {
+        m.low = m.high =
+            Vector{} + (mean.data == nullptr ? 0.0f : mean.data[step * mean.step_stride]);
+        s.low = s.high =
+            Vector{} + (scale.data == nullptr ? 1.0f : scale.data[step * scale.step_stride]);
+      } else if (varies) {
+        m = read(mean, step, first, count, 0.0f), s = read(scale, step, first, count, 1.0f);
+      }
+      const std::int64_t a_offset = step * am.row_stride + first * am.column_stride;
+      a.read(floats(am, a_offset, am.column_stride, count, a_buffer), count);
+      product.low += g.low * ((a.low - m.low) * s.low);
+      product.high += g.high * ((a.high - m.high) * s.high);
+    }
+    sum.write(affine.sums + first, count);
+    product.write(affine.products + first, count);
+  }
+}
+
+// Steps of a channel that lie together are the lanes.
 void affine_by_channel(const Affine& affine) {
-  constexpr int kSteps = 256, kPartial = 16;
-  alignas(64) float a_buffer[kSteps], g_buffer[kSteps];
+  constexpr int kSteps = 256;
+  float a_buffer[kSteps], g_buffer[kSteps];
   const Matrix &am = affine.activations, &gm = affine.gradients;
   for (int c = 0; c < affine.channels; ++c) {
-    alignas(64) float products[kPartial] = {}, sums[kPartial] = {};
-    const float mean = at(affine.mean, 0, c, 0.0f);
-    const float scale = at(affine.inverse_deviation, 0, c, 1.0f);
+    const Statistic &means = affine.mean, &scales = affine.inverse_deviation;
+    const float mean = means.data == nullptr ? 0.0f : means.data[c * means.channel_stride];
+    const float scale = scales.data == nullptr ? 1.0f : scales.data[c * scales.channel_stride];
+    Pair sum, product;
     for (std::int64_t step = 0; step < affine.steps; step += kSteps) {
       const int n = static_cast<int>(std::min<std::int64_t>(kSteps, affine.steps - step));
       const float* g =
           floats(gm, step * gm.row_stride + c * gm.column_stride, gm.row_stride, n, g_buffer);
-      const float* a = am.data == nullptr ? g
-                                          : floats(am, step * am.row_stride + c * am.column_stride,
-                                                   am.row_stride, n, a_buffer);
-      int i = 0;
-      for (; i + kPartial <= n; i += kPartial)
-        for (int k = 0; k < kPartial; ++k) {
-          sums[k] += g[i + k];
-          products[k] += g[i + k] * (a[i + k] - mean);
-        }
-      for (int k = 0; i < n; ++i, ++k) {
-        sums[k] += g[i];
-        products[k] += g[i] * (a[i] - mean);
+      const float* a = g; // its product is not asked for
+      if (am.data != nullptr)
+        a = floats(am, step * am.row_stride + c * am.column_stride, am.row_stride, n, a_buffer);
+      for (int i = 0; i < n; i += kPair) {
+        const int count = std::min(kPair, n - i);
+        Pair x, y;
+        x.read(a + i, count), y.read(g + i, count);
+        sum.low += y.low, sum.high += y.high;
+        product.low += y.low * (x.low - mean);
+        product.high += y.high * (x.high - mean);
       }
     }
-    float sum = 0.0f, product = 0.0f;
-    for (int k = 0; k < kPartial; ++k) {
-      sum += sums[k];
-      product += products[k];
-    }
-    affine.sums[c] = sum;
-    affine.products[c] = product * scale;
+    const auto total = [](const Pair& pair) {
+      const Vector both = pair.low + pair.high;
+      float lane = 0.0f;
+      for (int l = 0; l < kLanes; ++l) lane += both[l];
+      return lane;
+    };
+    affine.sums[c] = total(sum);
+    affine.products[c] = total(product) * scale;
   }
 }
 
