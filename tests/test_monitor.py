@@ -1,0 +1,266 @@
+"""Grad-CAM against its formula and an oracle, and the numbers that are made of heat maps."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from bdu import models
+from bdu.monitor.attention import (
+    attention_entropy,
+    attribution_share,
+    difference_mask,
+    trigger_attention,
+)
+from bdu.monitor.gradcam import grad_cam, target_layer
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(5)
+
+
+def by_formula(model, layer, images, targets):
+    """ReLU(Σ_k α_k A_k), image by image, with all of autograd."""
+    kept = []
+
+    def keep(module, args, output):
+        kept.append(output.clone())
+        return kept[-1].clone()  # a rectifier works in place
+
+    handle = layer.register_forward_hook(keep)
+    maps = []
+    for image, target in zip(images, targets, strict=True):
+        kept.clear()
+        score = model(image[None])[0, target]
+        (gradient,) = torch.autograd.grad(score, kept[0])
+        alpha = gradient.mean((2, 3), keepdim=True)
+        heat = (alpha * kept[0]).sum(1, keepdim=True).relu()
+        maps.append(
+            F.interpolate(heat, image.shape[1:], mode="bilinear", align_corners=False)[0, 0]
+        )
+    handle.remove()
+    return torch.stack(maps).detach()
+
+
+class Deep(nn.Module):
+    """With more than pooling between the last convolution and the logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 8, 3, stride=2)
+        self.relu = nn.ReLU(inplace=True)
+        self.hidden, self.head = nn.Linear(8 * 7 * 7, 12), nn.Linear(12, 4)
+
+    def forward(self, x):
+        h = self.relu(self.two(self.relu(self.one(x))))
+        return self.head(F.gelu(self.hidden(h.flatten(1))))
+
+
+NETWORKS = {
+    "resnet18-w4": (lambda: models.build("resnet18-w4"), "layer4"),
+    "wrn16-1": (lambda: models.build("wrn16-1"), None),
+    "smallcnn": (lambda: models.build("smallcnn"), "features"),
+    "deep": (Deep, "relu"),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_heat_map_is_the_formula(name):
+    make, expected = NETWORKS[name]
+    model = make().eval()
+    size = 16 if name == "deep" else 32
+    images, targets = torch.rand(5, 3, size, size), torch.tensor([0, 1, 2, 3, 1])
+    chosen = target_layer(model, images)
+    assert expected is None or chosen == expected
+    if name == "deep":
+        chosen = "two"
+    found = grad_cam(model, images, targets, layer=chosen, batch_size=2)
+    exact = by_formula(model, model.get_submodule(chosen), images, targets)
+    scale = float(exact.max())
+    assert scale > 0
+    tolerance = 2**10 * torch.finfo(torch.float32).eps
+    torch.testing.assert_close(found, exact, rtol=tolerance, atol=tolerance * scale)
+
+
+def test_linear_head_needs_no_backward(monkeypatch):
+    model = models.build("resnet18-w4")
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("differentiated")
+
+    images = torch.rand(2, 3, 32, 32)
+    expected = grad_cam(model, images, 3, layer="layer4")
+    monkeypatch.setattr(torch.autograd, "grad", refuse)
+    assert torch.equal(grad_cam(model, images, 3, layer="layer4"), expected)
+    with pytest.raises(AssertionError, match="differentiated"):
+        grad_cam(model, images, 3, layer="layer3")
+
+
+def test_captum_agrees():
+    captum = pytest.importorskip("captum.attr")
+    model = models.build("resnet18-w4").eval()
+    images, targets = torch.rand(4, 3, 32, 32), torch.tensor([1, 0, 3, 9])
+    for layer in ("layer4", "layer3", "layer2.1"):
+        oracle = captum.LayerGradCam(model, model.get_submodule(layer))
+        heat = oracle.attribute(images, target=targets, relu_attributions=True).detach()
+        heat = F.interpolate(heat, (32, 32), mode="bilinear", align_corners=False)[:, 0]
+        found = grad_cam(model, images, targets, layer=layer)
+        torch.testing.assert_close(found, heat, rtol=1e-4, atol=1e-4 * float(heat.max()))
+
+
+def vision_transformer(**changes):
+    transformers = pytest.importorskip("transformers")
+    settings = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
+    config = transformers.ViTConfig(
+        **settings, intermediate_size=24, image_size=32, patch_size=8, num_labels=4, **changes
+    )
+    return transformers.ViTForImageClassification(config)
+
+
+def test_tokens_of_a_transformer_are_laid_out_as_the_grid_they_came_from():
+    model = vision_transformer().eval()
+    images = torch.rand(3, 3, 32, 32)
+    name = target_layer(model, images)
+    assert name == "vit.layers.2.layernorm_before"
+    kept = []
+    layer = model.get_submodule(name)
+    handle = layer.register_forward_hook(lambda m, a, out: kept.append(out.clone()) or kept[-1])
+    (gradient,) = torch.autograd.grad(model(images).logits[:, 2].sum(), kept[0])
+    handle.remove()
+    grid = gradient[:, 1:].transpose(1, 2).unflatten(2, (4, 4))
+    tokens = kept[0][:, 1:].transpose(1, 2).unflatten(2, (4, 4))
+    heat = (grid.mean((2, 3), keepdim=True) * tokens).sum(1, keepdim=True).relu()
+    expected = F.interpolate(heat, (32, 32), mode="bilinear", align_corners=False)[:, 0]
+    found = grad_cam(model, images, 2)
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("raising", [False, True])
+def test_training_is_not_disturbed(raising):
+    model = models.build("resnet18-w4").train()
+    model.layer1.eval()
+    model.conv1.weight.requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    F.cross_entropy(model(torch.rand(4, 3, 32, 32)), torch.arange(4)).backward()
+    gradients = {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
+    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    modes = [m.training for m in model.modules()]
+    options = {"layer": "fc"} if raising else {}
+    if raising:
+        with pytest.raises(ValueError, match="layer: expected places in the output of fc"):
+            grad_cam(model, torch.rand(2, 3, 32, 32), 0, **options)
+    else:
+        grad_cam(model, torch.rand(2, 3, 32, 32), 0)
+        with torch.no_grad():
+            grad_cam(model, torch.rand(2, 3, 32, 32), 0, layer="layer2")
+            assert not torch.is_grad_enabled()
+    assert torch.is_grad_enabled()
+    assert modes == [m.training for m in model.modules()]
+    assert torch.equal(torch.get_rng_state()[:100], state[:100]) or raising
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in before.items())
+    for name, p in model.named_parameters():
+        assert (p.grad is None) == (gradients[name] is None)
+        assert p.grad is None or torch.equal(p.grad, gradients[name])
+        assert p.requires_grad == (name != "conv1.weight")
+    assert not any(m._forward_hooks for m in model.modules())
+    optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layer": "layer9"}, r"layer: expected a name .*'layer9'"),
+        ({"targets": 10}, r"targets: expected classes in \[0, 10\)"),
+        ({"targets": torch.tensor([1, 2, 3])}, r"targets: expected an integer or \(2,\)"),
+        ({"targets": torch.tensor([1.0, 2.0])}, "targets: expected an integer"),
+        ({"images": torch.rand(3, 32, 32)}, r"images: expected \(N, C, H, W\)"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(options, message):
+    model = models.build("smallcnn")
+    given = {"images": torch.rand(2, 3, 32, 32), "targets": 1, **options}
+    with pytest.raises(ValueError, match=message):
+        grad_cam(model, **given)
+
+
+def test_model_without_places_is_refused():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 3))
+    with pytest.raises(ValueError, match="model: expected a layer whose output has places"):
+        target_layer(model, torch.rand(1, 3, 4, 4))
+
+
+def test_trigger_attention_has_two_forms_and_knows_the_area():
+    heat = torch.zeros(4, 4, 4)
+    mask = torch.zeros(4, 4, dtype=torch.bool)
+    mask[:2, :2] = True
+    heat[0] = 1
+    heat[1, 0, 0] = 3
+    heat[1, 3, 3] = 1
+    heat[2, 3, 3] = 1
+    found = trigger_attention(heat, mask)
+    nan = math.nan
+    assert found.share.tolist() == pytest.approx([0.25, 0.75, 0, nan], nan_ok=True)
+    assert found.share_by_area.tolist() == pytest.approx([1, 3, 0, nan], nan_ok=True)
+    # (3 / 4) / (1 / 12)
+    assert found.ratio.tolist() == pytest.approx([1, 9, 0, nan], nan_ok=True)
+    each = trigger_attention(heat, mask.expand(4, 4, 4))
+    torch.testing.assert_close(each.ratio, found.ratio, equal_nan=True)
+    whole = trigger_attention(heat, torch.ones(4, 4, dtype=torch.bool))
+    assert whole.share[:3].tolist() == [1, 1, 1]
+    assert whole.ratio.isnan().all()
+
+
+def test_attention_on_the_trigger_alone_has_an_infinite_ratio():
+    heat = torch.zeros(1, 4, 4)
+    heat[0, 0, 0] = 2
+    assert trigger_attention(heat, heat[0] > 0).ratio.item() == math.inf
+
+
+@pytest.mark.parametrize(
+    ("heat", "mask", "message"),
+    [
+        (torch.ones(4, 4), torch.ones(4, 4).bool(), "heat: expected floats"),
+        (-torch.ones(1, 4, 4), torch.ones(4, 4).bool(), "heat: expected no negative"),
+        (torch.ones(1, 4, 4), torch.ones(4, 4), "mask: expected booleans"),
+        (torch.ones(1, 4, 4), torch.ones(3, 4).bool(), "mask: expected booleans"),
+        (torch.ones(1, 4, 4), torch.zeros(4, 4).bool(), "mask: expected at least one place"),
+    ],
+)
+def test_trigger_attention_refuses_what_does_not_fit(heat, mask, message):
+    with pytest.raises(ValueError, match=message):
+        trigger_attention(heat, mask)
+
+
+def test_entropy_is_between_one_place_and_all():
+    heat = torch.zeros(4, 3, 3)
+    heat[0, 1, 1] = 5
+    heat[1] = 2
+    heat[2, 0, :] = 1
+    found = attention_entropy(heat)
+    expected = [0, 1, math.log(3) / math.log(9), math.nan]
+    assert found.tolist() == pytest.approx(expected, nan_ok=True)
+
+
+def test_mask_is_where_any_channel_changed():
+    images = torch.zeros(2, 3, 4, 4)
+    triggered = images.clone()
+    triggered[0, 1, 2, 3] = 0.5
+    triggered[1, :, 0, 0] = 0.01
+    assert difference_mask(images, triggered).sum((1, 2)).tolist() == [1, 1]
+    assert difference_mask(images, triggered, 0.1).sum((1, 2)).tolist() == [1, 0]
+    with pytest.raises(ValueError, match="triggered: expected images of one shape"):
+        difference_mask(images, triggered[:1])
+
+
+def test_attribution_share_of_tokens():
+    attributions = torch.tensor([[1.0, -3.0, 0.0], [0.0, 0.0, 0.0]])
+    is_trigger = torch.tensor([[False, True, False], [True, False, False]])
+    assert attribution_share(attributions, is_trigger).tolist() == pytest.approx(
+        [0.75, math.nan], nan_ok=True
+    )
+    with pytest.raises(ValueError, match="is_trigger: expected booleans"):
+        attribution_share(attributions, is_trigger.float())
