@@ -84,6 +84,11 @@ class RunDirectory:
         """Where a run keeps what it needs to be resumed; removed once it has finished."""
         return self.path / "state.pt"
 
+    @property
+    def attention(self) -> Path:
+        """Where the heat maps of the run go."""
+        return self.path / "attention.npz"
+
     def write_lines(self, lines: list[dict[str, Any]]) -> None:
         """Replace ``metrics.jsonl``."""
         text = "".join(json.dumps(_plain(line)) + "\n" for line in lines)

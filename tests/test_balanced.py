@@ -190,10 +190,16 @@ def test_uint8_and_float_images_and_data_sets_give_the_same_run(planted):
     assert_same_bits(weights(other.model), weights(one.model))
 
 
-def test_callbacks_see_every_look_after_the_first(planted):
+def test_callbacks_see_every_look_and_may_add_to_it(planted):
     seen = []
-    result = planted.unlearn(callbacks=[lambda line, model: seen.append((line, model))])
-    assert [line for line, _ in seen] == result.history[1:]
+
+    def add(line, model):
+        return {"twice": 2 * line["step"]}
+
+    result = planted.unlearn(callbacks=[add, lambda line, model: seen.append((line, model))])
+    assert [line for line, _ in seen] == result.history
+    assert [line["twice"] for line in result.history] == [2 * x["step"] for x in result.history]
+    seen.pop(0)  # before any step
     for key in ("loss", "clean_loss", "triggered_loss", "penalty", "learning_rate"):
         assert all(math.isfinite(line[key]) for line, _ in seen)
     assert seen[-1][0]["learning_rate"] < seen[0][0]["learning_rate"]

@@ -9,20 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 from torch import nn
 
+from bdu.attacks.trigger import Trigger
 from bdu.checkpoint import save_state_dict
 from bdu.cli import common
-from bdu.data import ImageData
+from bdu.data import ImageData, as_unit_float
 from bdu.defenses.balanced import dtypes_of
 from bdu.memory import MemoryPlan, memory_plan
 from bdu.metrics import defense_effectiveness_rate
 from bdu.models import device_of
+from bdu.monitor.gradcam import target_layer
+from bdu.monitor.live import AttentionMonitor, Logger, TensorBoard, WeightsAndBiases, Writer
 from bdu.monitor.report import write_report
 from bdu.optim import EWCSGD
 from bdu.runs import RunDirectory, versions
 from bdu.trainer import METHODS, SETTINGS, prepare, unlearn
+
+_PROBE = 32  # triggered images whose attention is watched, at most
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,6 +67,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--retune-data", type=Path, default=None, help="clean images for the retune attack"
     )
     parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument(
+        "--tensorboard", action="store_true", help="write curves and heat maps for TensorBoard, too"
+    )
+    parser.add_argument("--wandb", default=None, metavar="PROJECT", help="and for Weights & Biases")
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -115,6 +125,8 @@ def run(options: argparse.Namespace) -> None:
         print(_memory_plan(model, options.method, settings))
         return
     directory.start(config, resume=options.resume)
+    attention = _attention(model, triggered, trigger, directory)
+    writers = _writers(options, config, directory)
     lines: list[dict[str, Any]] = directory.read_lines() if options.resume else []
 
     def keep(line: dict[str, Any], _: nn.Module) -> None:
@@ -128,13 +140,19 @@ def run(options: argparse.Namespace) -> None:
         clean=clean,
         triggered=triggered,
         seed=options.seed,
-        callbacks=[keep],
+        callbacks=[
+            *([] if attention is None else [attention]),
+            keep,
+            *(Logger(writer, attention) for writer in writers),
+        ],
         progress=not options.quiet,
         state_file=directory.state,
         resume=options.resume,
         **settings,
     )
     seconds = time.perf_counter() - began
+    for writer in writers:
+        writer.close()
     directory.write_lines(result.history)
     save_state_dict(directory.model, result.model.state_dict())
     after = None
@@ -188,6 +206,36 @@ def _memory_plan(model: nn.Module, method: str, settings: dict[str, Any]) -> Mem
     )
     moves_away = chosen.radius > 0 and chosen.forget != "cross_entropy"
     return memory_plan(model, optimizer, copies=5 if moves_away else 3)
+
+
+def _attention(
+    model: nn.Module,
+    triggered: tuple[Any, ...] | None,
+    trigger: Trigger | None,
+    directory: RunDirectory,
+) -> AttentionMonitor | None:
+    """What looks at the model's attention on some triggered images, where it has any to look at."""
+    if triggered is None:
+        return None
+    images = torch.as_tensor(triggered[0])[:_PROBE]
+    try:
+        layer = target_layer(model, as_unit_float(images[:1]))
+    except ValueError:
+        return None  # a model without places
+    mask = None if trigger is None else trigger.mask(images.shape)
+    targets = torch.as_tensor(triggered[1])[:_PROBE]
+    return AttentionMonitor(images, targets, mask, layer=layer, file=directory.attention)
+
+
+def _writers(
+    options: argparse.Namespace, config: dict[str, Any], directory: RunDirectory
+) -> list[Writer]:
+    writers: list[Writer] = []
+    if options.tensorboard:
+        writers.append(TensorBoard(directory.path / "tensorboard"))
+    if options.wandb is not None:
+        writers.append(WeightsAndBiases(options.wandb, config))
+    return writers
 
 
 def _triggered(options: argparse.Namespace, clean: ImageData) -> tuple[Any, ...]:

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from bdu.checkpoint import load_state, save_state
 from bdu.data import as_unit_float, augment
-from bdu.defenses.protocol import Callback, DefenderData, Line, Result, Samples
+from bdu.defenses.protocol import Callback, DefenderData, Line, Result, Samples, summary, tell
 from bdu.fisher import contrastive, fisher_diagonal, scale_to_unit_mean, target_log_odds
 from bdu.metrics import predict
 from bdu.ops import grad_norm
@@ -160,7 +160,8 @@ def run(
         model: classifier of images in [0, 1], logits (N, classes); left untouched.
         data: with triggered samples.
         seed: of the order and of the augmentation.
-        callbacks: called with (line, model) at every look at the validation split.
+        callbacks: called with (line, model) at every look at the validation split, the first before
+            any step.
         progress: show a progress bar.
         state_file: where the state is written at every look.
         resume: continue from there where it exists; the same weights as an uninterrupted run.
@@ -171,7 +172,6 @@ def run(
 
     Raises:
         ValueError: a setting out of range, or no triggered samples.
-        FloatingPointError: a loss or a gradient is not finite.
     """
     s = _settings(settings)
     if data.triggered is None or data.triggered_validation is None:
@@ -210,7 +210,7 @@ def run(
     if resume and state_file is not None and Path(state_file).exists():
         course.load(load_state(state_file), started_with)
     if not course.history:
-        course.look(data, phase="before")
+        tell(callbacks, course.look(data, phase="before"), student)
     steps = s.unlearn_steps + s.recovery_steps
     with tqdm(total=steps, initial=course.step, disable=not progress, unit="step") as bar:
         while course.step < steps and not course.stopped:
@@ -228,7 +228,11 @@ def run(
             clean_loss = _clean_loss(student(images), clean.y, teacher, images, s)
             clean_loss.backward()
             loss = clean_loss + s.triggered_weight * forget_loss
-            optimizer.step()
+            try:
+                optimizer.step()  # which writes nothing if it fails
+            except FloatingPointError as error:
+                course.stopped = f"stopped at step {course.step + 1}: {error}"
+                break
 
             course.step += 1
             bar.update()
@@ -242,19 +246,17 @@ def run(
                     penalty=float(optimizer.penalty),
                     learning_rate=optimizer.param_groups[0]["lr"],
                 )
-                bar.set_postfix(
-                    clean=f"{line['validation_clean_accuracy']:.3f}",
-                    ASR=f"{line['validation_attack_success_rate']:.3f}",
-                )
                 if line["validation_clean_accuracy"] < course.lowest_clean_accuracy:
                     course.stopped = (
                         f"stopped at step {course.step}: clean accuracy on the validation split "
                         f"fell to {line['validation_clean_accuracy']:.3f}"
                     )
-                if state_file is not None:
-                    save_state(state_file, course.state(started_with))
-                for callback in callbacks:
-                    callback(line, student)
+                try:
+                    tell(callbacks, line, student)
+                finally:
+                    if state_file is not None:
+                        save_state(state_file, course.state(started_with))
+                bar.set_postfix(summary(line))
     stopped = course.stopped or "ran all its steps"
     kept = course.put_back_kept()
     if kept != course.step:
@@ -286,14 +288,19 @@ class _Course:
         has no backdoor either.
         """
         assert data.triggered_validation is not None
+        bad = data.triggered_validation
         clean = _share_called(self.student, data.clean_validation)
-        attack = _share_called(self.student, data.triggered_validation)
+        called = predict(self.student, bad.x).argmax(1)
+        attack = float((called == bad.y.cpu()).float().mean())
         line = {
             "step": self.step,
             **values,
             "validation_clean_accuracy": clean,
             "validation_attack_success_rate": attack,
         }
+        if bad.y_true is not None:
+            restored = (called == bad.y_true.cpu()).float().mean()
+            line["validation_robust_accuracy"] = float(restored)
         self.history.append(line)
         self.lowest_clean_accuracy = (
             self.history[0]["validation_clean_accuracy"] * self._settings.clean_accuracy_floor

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +14,30 @@ from bdu.data import as_tensors, check_labels, split_indices
 VALIDATION_SHARE = 0.2
 
 Line = dict[str, Any]
-Callback = Callable[[Line, nn.Module], None]
-"""Called with the newest line of the history and the model as it is then; must not change it."""
+Callback = Callable[[Line, nn.Module], Mapping[str, Any] | None]
+"""Called with the newest line of the history and the model as it is then, which it must not change;
+what it returns is added to the line, for the callbacks after it and for the history."""
+
+
+def tell(callbacks: Iterable[Callback], line: Line, model: nn.Module) -> None:
+    """Call each with the line, and add what they return to it."""
+    for callback in callbacks:
+        line.update(callback(line, model) or {})
+
+
+_SHOWN = {
+    "loss": "loss",
+    "validation_clean_accuracy": "clean",
+    "validation_attack_success_rate": "ASR",
+    "validation_robust_accuracy": "robust",
+    "trigger_attention_share": "TAR",
+}
+
+
+def summary(line: Line) -> dict[str, str]:
+    """What a progress bar shows of a line."""
+    known = {short: line[name] for name, short in _SHOWN.items() if line.get(name) is not None}
+    return {short: f"{value:.3f}" for short, value in known.items()}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,191 @@
+"""What watches a run as it goes: attention on the trigger, and loggers.
+
+A callback is handed each line of the history and the model of that moment, and may return more
+values for the line; those after it, and ``metrics.jsonl``, see them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bdu.checkpoint import atomic_write
+from bdu.data import as_unit_float
+from bdu.monitor.attention import attention_entropy, trigger_attention
+from bdu.monitor.gradcam import grad_cam, target_layer
+from bdu.monitor.panels import Pixels, as_pixels, overlay
+
+SHOWN = 6
+
+
+class AttentionMonitor:
+    """Heat maps of the attacker's target on a fixed probe, at every look.
+
+    Adds to the line, as means over the probe without dead maps (None where all are dead):
+    ``trigger_attention_share``, ``trigger_attention_by_area`` and ``trigger_attention_ratio`` (see
+    :class:`bdu.monitor.attention.TriggerAttention`; only with a mask that leaves something out),
+    and ``attention_entropy``.
+
+    Args:
+        images: triggered images, (N, C, H, W); a few dozen are enough.
+        targets: the class the attacker wants of each, (N,), fixed for the whole run.
+        mask: (H, W), where the trigger is; None or all true: attention on it is not asked for.
+        layer: as in :func:`bdu.monitor.gradcam.grad_cam`; None is found at the first look.
+        file: where the heat maps of the first images are kept, as ``.npz``, whole at any moment.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        targets: Tensor,
+        mask: Tensor | None = None,
+        *,
+        layer: str | None = None,
+        file: str | os.PathLike[str] | None = None,
+    ) -> None:
+        if len(images) != len(targets) or not len(images):
+            raise ValueError(f"images: expected one target each, got {len(images)}, {len(targets)}")
+        self._images, self._targets = images, targets
+        self._mask = mask if mask is not None and not bool(mask.all()) else None
+        self._layer = layer
+        self._file = None if file is None else Path(file)
+        self._steps: list[int] = []
+        self._heat: list[np.ndarray] = []
+        if self._file is not None and self._file.exists():  # of a run that goes on
+            with np.load(self._file, allow_pickle=False) as kept:
+                self._steps, self._heat = kept["steps"].tolist(), list(kept["heat"])
+
+    def __call__(self, line: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+        """Measure; see the class."""
+        if self._layer is None:
+            self._layer = target_layer(model, as_unit_float(self._images[:1]))
+        heat = grad_cam(model, as_unit_float(self._images), self._targets, layer=self._layer).cpu()
+        found: dict[str, Any] = {"attention_entropy": _mean(attention_entropy(heat))}
+        if self._mask is not None:
+            attention = trigger_attention(heat, self._mask.cpu())
+            found["trigger_attention_share"] = _mean(attention.share)
+            found["trigger_attention_by_area"] = _mean(attention.share_by_area)
+            found["trigger_attention_ratio"] = _mean(attention.ratio)
+        self._keep(int(line["step"]), heat[:SHOWN].numpy())
+        return found
+
+    def panel(self) -> Pixels:
+        """The newest heat maps over their images, side by side: (H, W · shown, 3)."""
+        pixels = as_pixels(self._images[:SHOWN])
+        return np.concatenate(list(overlay(pixels, self._heat[-1].astype(np.float64))), 1)
+
+    def _keep(self, step: int, heat: np.ndarray) -> None:
+        earlier = [i for i, known in enumerate(self._steps) if known < step]
+        self._steps = [self._steps[i] for i in earlier] + [step]
+        # half precision has range enough for what is only looked at
+        self._heat = [self._heat[i] for i in earlier] + [(heat / (heat.max() or 1)).astype("f2")]
+        if self._file is None:
+            return
+        buffer = io.BytesIO()
+        mask = self._mask if self._mask is not None else torch.zeros(heat.shape[1:]).bool()
+        np.savez_compressed(
+            buffer,
+            images=as_pixels(self._images[:SHOWN]),
+            mask=mask.cpu().numpy(),
+            steps=np.array(self._steps),
+            heat=np.stack(self._heat),
+        )
+        atomic_write(self._file, buffer.getvalue())
+
+
+def _mean(values: Tensor) -> float | None:
+    known = values[torch.isfinite(values)]
+    return float(known.mean()) if len(known) else None
+
+
+class Writer(Protocol):
+    """Somewhere that curves and pictures go."""
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Numbers of one step."""
+        ...
+
+    def picture(self, name: str, pixels: Pixels, step: int) -> None:
+        """(H, W, 3)"""
+        ...
+
+    def close(self) -> None:
+        """Write what is left."""
+        ...
+
+
+class TensorBoard:
+    """Writes for TensorBoard; needs the package ``tensorboard``."""
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        module = _optional("torch.utils.tensorboard", "tensorboard")
+        self._writer = module.SummaryWriter(str(directory))
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """See :class:`Writer`."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def picture(self, name: str, pixels: Pixels, step: int) -> None:
+        """See :class:`Writer`."""
+        self._writer.add_image(name, pixels, step, dataformats="HWC")
+
+    def close(self) -> None:
+        """See :class:`Writer`."""
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """Writes for Weights & Biases; needs the package ``wandb``."""
+
+    def __init__(self, project: str, config: Mapping[str, Any]) -> None:
+        self._wandb = _optional("wandb", "wandb")
+        self._run = self._wandb.init(project=project, config=dict(config))
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """See :class:`Writer`."""
+        self._run.log(dict(values), step=step)
+
+    def picture(self, name: str, pixels: Pixels, step: int) -> None:
+        """See :class:`Writer`."""
+        self._run.log({name: self._wandb.Image(pixels)}, step=step)
+
+    def close(self) -> None:
+        """See :class:`Writer`."""
+        self._run.finish()
+
+
+class Logger:
+    """A callback that hands every number of a line, and the heat maps, to a writer."""
+
+    def __init__(self, writer: Writer, attention: AttentionMonitor | None = None) -> None:
+        self._writer, self._attention = writer, attention
+
+    def __call__(self, line: Mapping[str, Any], model: nn.Module) -> None:
+        """Write one line."""
+        numbers = {
+            name: float(value)
+            for name, value in line.items()
+            if isinstance(value, (int, float)) and name != "step"
+        }
+        self._writer.scalars(numbers, int(line["step"]))
+        if self._attention is not None:
+            self._writer.picture("attention", self._attention.panel(), int(line["step"]))
+
+
+def _optional(module: str, package: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"{package}: expected the package, got none; pip install {package}"
+        ) from (error)
