@@ -2,13 +2,16 @@
 
 import copy
 import math
+import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from bdu import models
+from bdu.monitor import panels
 from bdu.monitor.attention import (
     attention_entropy,
     attribution_share,
@@ -16,6 +19,7 @@ from bdu.monitor.attention import (
     trigger_attention,
 )
 from bdu.monitor.gradcam import grad_cam, target_layer
+from bdu.monitor.live import AttentionMonitor, Logger, TensorBoard, WeightsAndBiases
 
 
 @pytest.fixture(autouse=True)
@@ -265,3 +269,134 @@ def test_attribution_share_of_tokens():
     )
     with pytest.raises(ValueError, match="is_trigger: expected booleans"):
         attribution_share(attributions, is_trigger.float())
+
+
+def probe():
+    model = models.build("smallcnn", num_classes=4, seed=0)
+    images = (torch.rand(8, 3, 16, 16) * 255).to(torch.uint8)
+    mask = torch.zeros(16, 16, dtype=torch.bool)
+    mask[:4, :4] = True
+    return model, images, torch.zeros(8, dtype=torch.long), mask
+
+
+def test_monitor_adds_the_means_of_the_probe_and_keeps_the_maps(tmp_path):
+    model, images, targets, mask = probe()
+    file = tmp_path / "attention.npz"
+    monitor = AttentionMonitor(images, targets, mask, file=file)
+    found = [monitor({"step": step}, model) for step in (0, 5, 10)]
+    heat = grad_cam(model, images.float() / 255, 0)
+    alive = heat.flatten(1).sum(1) > 0
+    attention = trigger_attention(heat[alive], mask)
+    assert found[0] == pytest.approx(
+        {
+            "attention_entropy": float(attention_entropy(heat[alive]).mean()),
+            "trigger_attention_share": float(attention.share.mean()),
+            "trigger_attention_by_area": float(attention.share_by_area.mean()),
+            "trigger_attention_ratio": float(attention.ratio.mean()),
+        }
+    )
+    with np.load(file, allow_pickle=False) as kept:
+        assert kept["steps"].tolist() == [0, 5, 10]
+        assert kept["images"].shape == (6, 16, 16, 3)
+        assert kept["heat"].shape == (3, 6, 16, 16)
+        assert kept["mask"].sum() == 16
+    # a run that goes on from step 5 writes that step again, and does not lose the first
+    monitor = AttentionMonitor(images, targets, mask, file=file)
+    monitor({"step": 5}, model)
+    with np.load(file, allow_pickle=False) as kept:
+        assert kept["steps"].tolist() == [0, 5]
+    assert monitor.panel().shape == (16, 6 * 16, 3)
+
+
+def test_monitor_without_a_mask_tells_the_entropy_alone():
+    model, images, targets, mask = probe()
+    for none in (None, torch.ones_like(mask)):
+        assert set(AttentionMonitor(images, targets, none)({"step": 0}, model)) == {
+            "attention_entropy"
+        }
+    with pytest.raises(ValueError, match="images: expected one target each, got 8, 7"):
+        AttentionMonitor(images, targets[:7])
+
+
+def test_dead_maps_count_for_nothing():
+    model, images, targets, mask = probe()
+    torch.nn.init.zeros_(model.get_submodule("fc" if hasattr(model, "fc") else "head").weight)
+    found = AttentionMonitor(images, targets, mask, layer="features")({"step": 0}, model)
+    assert set(found.values()) == {None}
+
+
+def test_logger_writes_numbers_and_pictures():
+    model, images, targets, mask = probe()
+    monitor, written = AttentionMonitor(images, targets, mask), []
+
+    class Kept:
+        def scalars(self, values, step):
+            written.append((dict(values), step))
+
+        def picture(self, name, pixels, step):
+            written.append((name, pixels.shape, step))
+
+        def close(self):
+            pass
+
+    line = {"step": 4, "phase": "unlearn", "loss": 0.5, "penalty": None}
+    line.update(monitor(line, model))
+    Logger(Kept(), monitor)(line, model)
+    (values, step), picture = written
+    assert step == 4
+    assert values["loss"] == 0.5
+    assert "trigger_attention_share" in values
+    assert not {"step", "phase", "penalty"} & set(values)
+    assert picture == ("attention", (16, 96, 3), 4)
+
+
+def test_tensorboard_gets_curves_and_heat_maps(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    model, images, targets, mask = probe()
+    monitor, writer = AttentionMonitor(images, targets, mask), TensorBoard(tmp_path)
+    for step in (0, 1):
+        line = {"step": step, "loss": 1.0 / (step + 1)}
+        line.update(monitor(line, model))
+        Logger(writer, monitor)(line, model)
+    writer.close()
+    read = EventAccumulator(str(tmp_path)).Reload()
+    assert [event.value for event in read.Scalars("loss")] == [1.0, 0.5]
+    assert len(read.Images("attention")) == 2
+
+
+def test_absent_package_is_named(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ImportError, match="pip install tensorboard"):
+        TensorBoard(tmp_path)
+    with pytest.raises(ImportError, match="pip install wandb"):
+        WeightsAndBiases("project", {})
+
+
+def test_colours_grow_lighter_with_the_heat():
+    ramp = panels.colours(np.linspace(0, 1, 50)).astype(float)
+    light = ramp @ [0.2126, 0.7152, 0.0722]
+    assert (np.diff(light) > 0).all()
+
+
+def test_overlay_scales_each_map_and_outline_runs_along_the_mask():
+    pixels = np.full((2, 4, 4, 3), 128, dtype=np.uint8)
+    heat = np.zeros((2, 4, 4))
+    heat[0, 0, 0], heat[1, 3, 3] = 0.1, 10
+    laid = panels.overlay(pixels, heat)
+    assert (laid[0, 0, 0] == laid[1, 3, 3]).all()
+    mask = np.zeros((4, 4), dtype=bool)
+    mask[1:3, 1:3] = True
+    drawn = panels.outlined(pixels[0], mask, 5)
+    changed = (drawn != 128).any(2)
+    assert drawn.shape == (20, 20, 3)
+    assert changed[5, 5:15].all()
+    assert not changed[6:14, 6:14].any()
+    assert not changed[:5].any()
+    whole = panels.outlined(pixels[0], np.ones((4, 4), dtype=bool), 5)
+    assert (whole == 128).all()
+    assert panels.data_uri(drawn).startswith("data:image/png;base64,")
+    grey = panels.as_pixels(torch.tensor([[[[0.0, 1.0]]]]))
+    assert grey.tolist() == [[[[0, 0, 0], [255, 255, 255]]]]
