@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from bdu import __version__
-from bdu.cli import demo, doctor, evaluate, fisher, poison, unlearn
+from bdu.cli import demo, doctor, evaluate, fisher, poison, report, unlearn
 
 COMMANDS = {
     "demo": demo,
@@ -19,6 +19,7 @@ COMMANDS = {
     "unlearn": unlearn,
     "evaluate": evaluate,
     "fisher": fisher,
+    "report": report,
     "doctor": doctor,
 }
 

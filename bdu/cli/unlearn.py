@@ -168,6 +168,7 @@ def run(options: argparse.Namespace) -> None:
         "total_seconds": time.perf_counter() - start,
         "seed": options.seed,
         "versions": versions(),
+        "weight_change": _weight_change(model, result.model),
     }
     if before is not None and after is not None and trigger is not None:
         outcome["der"] = defense_effectiveness_rate(
@@ -206,6 +207,18 @@ def _memory_plan(model: nn.Module, method: str, settings: dict[str, Any]) -> Mem
     )
     moves_away = chosen.radius > 0 and chosen.forget != "cross_entropy"
     return memory_plan(model, optimizer, copies=5 if moves_away else 3)
+
+
+def _weight_change(before: nn.Module, after: nn.Module) -> dict[str, float]:
+    """‖θ − θ before‖ / ‖θ before‖ of every weight of more than one axis."""
+    own = dict(after.named_parameters())
+    change = {}
+    for name, p in before.named_parameters():
+        size = float(p.detach().double().norm())
+        if p.dim() > 1 and size > 0:
+            moved = own[name].detach().to(p.device).double() - p.detach().double()
+            change[name] = float(moved.norm()) / size
+    return change
 
 
 def _attention(

@@ -1,14 +1,23 @@
-"""``report.html``: one self-contained page about a run, without scripts or network."""
+"""``report.html``: one self-contained page about a run, or several beside each other.
+
+No scripts, no network, no file beside it: it can be mailed, printed, and opened years later. Every
+figure stands in the page with the key it has in ``metrics.json`` (``data-key``).
+"""
 
 from __future__ import annotations
 
 import html
+import shlex
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from bdu.checkpoint import atomic_write
+from bdu.monitor.charts import Curve, bar_table, line_chart
+from bdu.monitor.panels import data_uri, outlined, overlay
 from bdu.runs import RunDirectory
 
 _RATES = {
@@ -27,62 +36,120 @@ _RATES = {
     ),
 }
 
-# Two colours that stay apart for colour-blind readers (Okabe and Ito 2008); the lines also differ
+# Four colours that stay apart for colour-blind readers (Okabe and Ito 2008); the lines also differ
 # in dashes and carry their names.
 _CURVES = (
     ("validation_clean_accuracy", "clean accuracy", "var(--blue)", ""),
-    ("validation_attack_success_rate", "ASR", "var(--orange)", "6 4"),
+    ("validation_attack_success_rate", "ASR", "var(--orange)", "7 4"),
+    ("validation_robust_accuracy", "robust acc.", "var(--green)", "2 3"),
+    ("trigger_attention_share", "TAR (share)", "var(--pink)", "9 3 2 3"),
 )
+_PHASES = {"unlearn": "unlearning", "recovery": "recovery"}
+# A picture of a few pixels is shown this large, in pixels.
+_PICTURE = 96
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1b1f; --soft: #5d6068; --paper: #ffffff;
-  --line: #d9dbe0; --blue: #0072b2; --orange: #b34a00; }
+  --line: #d9dbe0; --blue: #0072b2; --orange: #b34a00; --green: #00795a; --pink: #a8467b; }
 @media (prefers-color-scheme: dark) { :root { --ink: #ececf1; --soft: #a4a8b3;
-  --paper: #16171b; --line: #34363d; --blue: #56b4e9; --orange: #f0a03c; } }
+  --paper: #16171b; --line: #34363d; --blue: #56b4e9; --orange: #f0a03c; --green: #2fc49b;
+  --pink: #e28fbd; } }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-  max-width: 52rem; margin: 2rem auto; padding: 0 1rem; }
+  max-width: 54rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; margin-bottom: .25rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 .verdict { font-size: 1.15rem; } .soft, dd, figcaption { color: var(--soft); }
 .meaning { font-weight: normal; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; padding: .4rem .6rem; border-bottom: 1px solid var(--line); }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums;
+  white-space: nowrap; }
+td.bar { width: 40%; min-width: 6rem; } td.bar span { display: block; height: .7rem;
+  background: var(--blue); }
+td.picture { padding: .3rem; border: 0; } td.picture img { display: block; width: 96px;
+  height: 96px; image-rendering: pixelated; }
+table.pictures { width: auto; } table.pictures th { border: 0; font-weight: normal; }
 pre { overflow-x: auto; border: 1px solid var(--line); padding: .75rem; font-size: .85rem; }
+summary h2 { display: inline; } details { margin-top: 2rem; }
 svg { width: 100%; height: auto; } svg text { fill: var(--soft); font-size: 12px; }
-figure { margin: 0; } @media print { body { margin: 0; max-width: none; } }
+figure { margin: 0; overflow-x: auto; } svg { min-width: 34rem; }
+@media (max-width: 40rem) { th, td { padding: .35rem .4rem; } }
+@media print { body { margin: 0; max-width: none; } table.pictures, figure, tr {
+  break-inside: avoid; } }
 """
 
 
-def write_report(directory: RunDirectory) -> None:
-    """Write ``report.html`` from the run's ``metrics.json``, ``metrics.jsonl`` and ``config.yaml``.
+def write_report(directory: RunDirectory) -> Path:
+    """Write ``report.html`` from what the run has left so far; returns its path.
+
+    A run that was stopped has no ``metrics.json``: the page then says so and shows how far it got.
 
     Raises:
-        FileNotFoundError: the run has no ``metrics.json`` yet.
+        FileNotFoundError: there is no run in the folder.
     """
-    metrics = directory.read_metrics()
-    config = yaml.safe_load((directory.path / "config.yaml").read_text())
-    command = str(config.pop("command", metrics["method"]))
+    metrics, config = _read(directory)
+    command = str(config.pop("command", metrics.get("method", "run")))
+    lines = directory.read_lines()
     parts = [
         f"<h1>bdu {html.escape(command)}</h1>",
-        f'<p class="verdict">{html.escape(verdict(metrics))}</p>',
-        _table(metrics),
-        _curves(directory.read_lines()),
+        f'<p class="verdict">{html.escape(verdict(metrics, lines))}</p>',
+        _outcome(metrics),
+        _curves(lines),
+        _attention(directory, lines),
+        _weight_change(metrics),
         _per_class(metrics),
+        _command(command, config),
         _pre("Settings", {"command": command, **config}),
         _pre("Method's settings", metrics.get("settings")),
-        _pre("Versions", metrics["versions"]),
+        _pre("Versions", metrics.get("versions")),
     ]
-    page = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>bdu {html.escape(command)}</title><style>{_STYLE}</style></head>"
-        f"<body>{''.join(part for part in parts if part)}</body></html>\n"
-    )
-    atomic_write(directory.path / "report.html", page)
+    path = directory.path / "report.html"
+    atomic_write(path, _page(f"bdu {command}", parts))
+    return path
 
 
-def verdict(metrics: dict[str, Any]) -> str:
+def write_comparison(directories: Sequence[RunDirectory], path: Path) -> None:
+    """Write one page with several runs side by side.
+
+    Raises:
+        FileNotFoundError: there is no run in one of the folders.
+    """
+    runs = [(_name(d, directories), *_read(d), d.read_lines()) for d in directories]
+    head = "".join(f'<th class="number" scope="col">{html.escape(name)}</th>' for name, *_ in runs)
+
+    def row(title: str, cells: Sequence[str]) -> str:
+        values = "".join(f'<td class="number">{cell}</td>' for cell in cells)
+        return f'<tr><th scope="row">{title}</th>{values}</tr>'
+
+    rows = [row("method", [html.escape(str(m.get("method", "–"))) for _, m, *_ in runs])]
+    for when in ("before", "after"):
+        for key, (title, _) in _RATES.items():
+            cells = [_percent((m.get(when) or {}).get(key)) for _, m, *_ in runs]
+            rows.append(row(f"{title}, {when}", cells))
+    retuned = [_percent(m.get("retuned_attack_success_rate")) for _, m, *_ in runs]
+    rows.append(row("ASR after the retune attack", retuned))
+    seconds = [m.get("seconds") for _, m, *_ in runs]
+    rows.append(row("seconds", ["–" if s is None else f"{s:.1f}" for s in seconds]))
+    meanings = "".join(f"<dt>{title}</dt><dd>{meaning}</dd>" for title, meaning in _RATES.values())
+    parts = [
+        f"<h1>{len(runs)} runs</h1>",
+        f'<div class="wide"><table><thead><tr><th scope="col">Rate</th>{head}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div><dl>{meanings}</dl>",
+    ]
+    for name, metrics, _, lines in runs:
+        parts.append(f"<h2>{html.escape(name)}</h2>")
+        parts.append(f"<p>{html.escape(verdict(metrics, lines))}</p>")
+        parts.append(_chart(lines))
+    atomic_write(path, _page(f"{len(runs)} runs", parts))
+
+
+def verdict(metrics: dict[str, Any], lines: Sequence[dict[str, Any]] = ()) -> str:
     """The outcome in one sentence."""
+    if "seconds" not in metrics:
+        if not lines:
+            return "The run has not finished, and left nothing to show yet."
+        last = lines[-1]
+        reached = f"step {last['step']}" if "step" in last else f"epoch {last.get('epoch')}"
+        return f"The run has not finished: this is how far it got, {reached}."
     before, after = metrics.get("before"), metrics.get("after")
     seconds = f"{metrics['seconds']:.1f} s"
     if after is None:
@@ -119,8 +186,33 @@ def verdict(metrics: dict[str, Any]) -> str:
     )
 
 
-def _table(metrics: dict[str, Any]) -> str:
-    columns = [(name, metrics[name]) for name in ("before", "after") if metrics.get(name)]
+def _read(directory: RunDirectory) -> tuple[dict[str, Any], dict[str, Any]]:
+    file = directory.path / "config.yaml"
+    if not file.exists():
+        raise FileNotFoundError(f"{directory.path}: expected a run with config.yaml, got none")
+    config: dict[str, Any] = yaml.safe_load(file.read_text()) or {}
+    finished = (directory.path / "metrics.json").exists()
+    return (directory.read_metrics() if finished else {}), config
+
+
+def _name(directory: RunDirectory, among: Sequence[RunDirectory]) -> str:
+    """The folder's name, or its path where names are not distinct."""
+    names = [d.path.resolve().name for d in among]
+    own = directory.path.resolve().name
+    return own if names.count(own) == 1 else str(directory.path)
+
+
+def _page(title: str, parts: Sequence[str]) -> str:
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head>"
+        f"<body>{''.join(part for part in parts if part)}</body></html>\n"
+    )
+
+
+def _outcome(metrics: dict[str, Any]) -> str:
+    columns = _columns(metrics)
     if not columns:
         return ""
     head = "".join(f'<th class="number" scope="col">{name}</th>' for name, _ in columns)
@@ -147,68 +239,124 @@ def _table(metrics: dict[str, Any]) -> str:
             f"{_percent(metrics['retuned_attack_success_rate'])}</span>. Compare it with a model "
             "that never had a backdoor, attacked alike: a small network learns a new one fast.</p>"
         )
+    if metrics.get("stopped"):
+        notes += f'<p class="soft">The run {html.escape(str(metrics["stopped"]))}.</p>'
     return (
         f'<h2>Outcome</h2><div class="wide"><table><thead><tr><th scope="col">Rate</th>{head}'
         f"</tr></thead><tbody>{''.join(rows)}</tbody></table></div>{notes}"
     )
 
 
-def _curves(lines: Sequence[dict[str, Any]]) -> str:
+def _columns(metrics: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    return [(name, metrics[name]) for name in ("before", "after") if metrics.get(name)]
+
+
+def _chart(lines: Sequence[dict[str, Any]]) -> str:
     known = [line for line in lines if any(line.get(key) is not None for key, *_ in _CURVES)]
     if len(known) < 2:
         return ""
-    width, height, left, bottom, top = 720, 260, 44, 34, 12
-    last = known[-1]["step"] or 1
-
-    def x(step: float) -> float:
-        return left + (width - left - 110) * step / last
-
-    def y(rate: float) -> float:
-        return top + (height - top - bottom) * (1 - rate)
-
-    drawn = []
-    for tick in (0.0, 0.25, 0.5, 0.75, 1.0):
-        drawn.append(
-            f'<line x1="{left}" x2="{x(last):.1f}" y1="{y(tick):.1f}" y2="{y(tick):.1f}" '
-            'stroke="var(--line)"/>'
-            f'<text x="{left - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">'
-            f"{100 * tick:.0f} %</text>"
+    curves = [
+        Curve(
+            title,
+            colour,
+            dashes,
+            [(line["step"], line[key]) for line in known if line.get(key) is not None],
         )
-    recovery = next((line["step"] for line in known if line.get("phase") == "recovery"), None)
-    if recovery is not None:
-        drawn.append(
-            f'<line x1="{x(recovery):.1f}" x2="{x(recovery):.1f}" y1="{top}" '
-            f'y2="{height - bottom}" stroke="var(--soft)" stroke-dasharray="2 4"/>'
-            f'<text x="{x(recovery) + 4:.1f}" y="{height - bottom - 6}">recovery</text>'
-        )
-    for key, title, colour, dashes in _CURVES:
-        points = [(line["step"], line[key]) for line in known if line.get(key) is not None]
-        if not points:
-            continue
-        path = " ".join(f"{x(step):.1f},{y(rate):.1f}" for step, rate in points)
-        drawn.append(
-            f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2" '
-            f'stroke-dasharray="{dashes}"/>'
-            f'<text x="{x(last) + 6:.1f}" y="{y(points[-1][1]) + 4:.1f}">{title}</text>'
-        )
-    drawn.append(
-        f'<text x="{left}" y="{height - 8}">step 0</text>'
-        f'<text x="{x(last):.1f}" y="{height - 8}" text-anchor="end">step {last}</text>'
+        for key, title, colour, dashes in _CURVES
+    ]
+    phases = []
+    for phase, name in _PHASES.items():
+        steps = [line["step"] for line in known if line.get("phase") == phase]
+        if steps:
+            # it began after the look before its first
+            earlier = [line["step"] for line in known if line["step"] < steps[0]]
+            phases.append((max(earlier, default=0), name))
+    return line_chart(curves, phases)
+
+
+def _curves(lines: Sequence[dict[str, Any]]) -> str:
+    chart = _chart(lines)
+    if not chart:
+        return ""
+    told = ""
+    watched = [line for line in lines if line.get("trigger_attention_share") is not None]
+    if watched:
+        told = _attention_in_words(watched)
+    return f"<h2>On the defender's validation split</h2>{chart}{told}"
+
+
+def _attention_in_words(lines: Sequence[dict[str, Any]]) -> str:
+    first, last = lines[0], lines[-1]
+    fell = last["trigger_attention_share"] < first["trigger_attention_share"]
+    by_area = [line.get("trigger_attention_by_area") for line in (first, last)]
+    text = (
+        f"Attention on the trigger {'fell' if fell else 'did not fall'}: of all attention for the "
+        f"attacker's class, {_percent(first['trigger_attention_share'])} lay on it before and "
+        f"{_percent(last['trigger_attention_share'])} in the end"
     )
-    first, final = known[0], known[-1]
-    alt = "; ".join(
-        f"{title} from {_percent(first.get(key))} to {_percent(final.get(key))}"
-        for key, title, *_ in _CURVES
-    )
+    if None not in by_area:
+        text += f" ({by_area[0]:.2f} and {by_area[1]:.2f} times its share of the image)"
     return (
-        "<h2>On the defender's validation split</h2><figure>"
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{alt}">{"".join(drawn)}</svg>'
-        f"<figcaption>{alt}.</figcaption></figure>"
+        f"<p>{text}. <span class='soft'>TAR is the share of the Grad-CAM heat map that lies on the "
+        "trigger. A low one does not prove that a backdoor is gone, nor a high one that it is "
+        "there; ASR does.</span></p>"
+    )
+
+
+def _attention(directory: RunDirectory, lines: Sequence[dict[str, Any]]) -> str:
+    if not directory.attention.exists():
+        return ""
+    with np.load(directory.attention, allow_pickle=False) as kept:
+        images, mask, steps, heat = (kept[name] for name in ("images", "mask", "steps", "heat"))
+    chosen = sorted({0, len(steps) // 2, len(steps) - 1})
+    factor = max(1, round(_PICTURE / images.shape[1]))
+    outline = " The dashed line is the trigger's outline." if mask.any() else ""
+    head = '<th scope="col">triggered image</th>' + "".join(
+        f'<th scope="col">{"before" if steps[i] == 0 else f"step {steps[i]}"}</th>' for i in chosen
+    )
+    rows = []
+    for n, image in enumerate(images):
+        pictures = [(outlined(image, mask, factor), f"triggered image {n + 1}")]
+        for i in chosen:
+            laid = overlay(image[None], heat[i, n : n + 1].astype(np.float64))[0]
+            on = _share_on(heat[i, n], mask)
+            said = f"heat map of image {n + 1} at step {steps[i]}{on}"
+            pictures.append((outlined(laid, mask, factor), said))
+        cells = "".join(
+            f'<td class="picture"><img src="{data_uri(pixels)}" alt="{html.escape(said)}"></td>'
+            for pixels, said in pictures
+        )
+        rows.append(f"<tr>{cells}</tr>")
+    return (
+        "<h2>Where the attacker's class is seen</h2>"
+        '<div class="wide"><table class="pictures">'
+        f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        '<p class="soft">Grad-CAM for the class that the attacker wants, from dark blue (nothing) '
+        f"to yellow (most), each map by itself.{outline}</p>"
+    )
+
+
+def _share_on(heat: Any, mask: Any) -> str:
+    wide = heat.astype(np.float64)
+    if not mask.any() or wide.sum() == 0:
+        return ""
+    return f", {100 * wide[mask].sum() / wide.sum():.0f} % of it on the trigger"
+
+
+def _weight_change(metrics: dict[str, Any]) -> str:
+    change: dict[str, float] = metrics.get("weight_change") or {}
+    if not change:
+        return ""
+    rows = [(name, 100 * value) for name, value in change.items()]
+    return (
+        "<details><summary><h2>How far each layer moved</h2></summary>"
+        '<p class="soft">‖θ − θ before‖ / ‖θ before‖ of every weight, in the model\'s order.</p>'
+        f"{bar_table(('Layer', 'change'), rows)}</details>"
     )
 
 
 def _per_class(metrics: dict[str, Any]) -> str:
-    columns = [(name, metrics[name]) for name in ("before", "after") if metrics.get(name)]
+    columns = _columns(metrics)
     if not columns:
         return ""
     head = "".join(f'<th class="number" scope="col">{name}</th>' for name, _ in columns)
@@ -216,16 +364,27 @@ def _per_class(metrics: dict[str, Any]) -> str:
     rows = "".join(
         f'<tr><th scope="row">{i}</th>'
         + "".join(
-            f'<td class="number">{_percent(rates["per_class_accuracy"][i])}</td>'
-            for _, rates in columns
+            f'<td class="number" data-key="{name}.per_class_accuracy.{i}">'
+            f"{_percent(rates['per_class_accuracy'][i])}</td>"
+            for name, rates in columns
         )
         + "</tr>"
         for i in range(count)
     )
     return (
-        "<details><summary><h2 style='display:inline'>Accuracy by class</h2></summary>"
+        "<details><summary><h2>Accuracy by class</h2></summary>"
         f'<div class="wide"><table><thead><tr><th scope="col">Class</th>{head}</tr></thead>'
         f"<tbody>{rows}</tbody></table></div></details>"
+    )
+
+
+def _command(command: str, config: dict[str, Any]) -> str:
+    """What to type to have the run again, with its settings from its own config.yaml."""
+    line = shlex.join(["bdu", command, "--config", "config.yaml", "--out", "AGAIN"])
+    return (
+        f"<h2>Again</h2><pre>{html.escape(line)}</pre>"
+        '<p class="soft">With the config.yaml beside this page: the settings below, seed '
+        f"{html.escape(str(config.get('seed', '–')))}.</p>"
     )
 
 
@@ -233,7 +392,7 @@ def _pre(title: str, values: dict[str, Any] | None) -> str:
     if not values:
         return ""
     text = html.escape(yaml.safe_dump(values, sort_keys=False))
-    return f"<h2>{html.escape(title)}</h2><pre>{text}</pre>"
+    return f"<details><summary><h2>{html.escape(title)}</h2></summary><pre>{text}</pre></details>"
 
 
 def _percent(rate: float | None) -> str:

@@ -1,0 +1,261 @@
+"""The report: what it says, that it says what was measured, and that a browser has no complaint."""
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from urllib.parse import urlparse
+
+import numpy as np
+import pytest
+
+from bdu.cli import main
+from bdu.monitor.charts import Curve, line_chart
+from bdu.monitor.report import verdict, write_comparison, write_report
+from bdu.runs import RunDirectory
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+# What the browser asks for by itself, whatever page is open.
+OF_THE_BROWSER = ("googleapis.com", "google.com")
+
+
+def rates(clean, attack, robust):
+    return {
+        "clean_accuracy": clean,
+        "attack_success_rate": attack,
+        "robust_accuracy": robust,
+        "false_target_rate": 0.0123,
+        "per_class_accuracy": [0.5, None, 0.875],
+    }
+
+
+def make_run(path, finished=True, after=0.0234, seconds=12.34):
+    run = RunDirectory(path)
+    run.start({"command": "unlearn", "method": "balanced", "seed": 3, "model": "<b>"}, resume=False)
+    lines = []
+    for step in range(0, 60, 10):
+        phase = "before" if step == 0 else "unlearn" if step < 30 else "recovery"
+        lines.append(
+            {
+                "step": step,
+                "phase": phase,
+                "validation_clean_accuracy": 0.9 - step / 1000,
+                "validation_attack_success_rate": 1 - step / 50,
+                "validation_robust_accuracy": step / 60,
+                "trigger_attention_share": 0.4 - step / 200,
+                "trigger_attention_by_area": 4 - step / 20,
+            }
+        )
+    run.write_lines(lines)
+    mask = np.zeros((8, 8), dtype=bool)
+    mask[5:, 5:] = True
+    rng = np.random.default_rng(0)
+    np.savez_compressed(
+        run.attention,
+        images=rng.integers(0, 256, (3, 8, 8, 3), dtype=np.uint8),
+        mask=mask,
+        steps=np.arange(0, 60, 10),
+        heat=rng.random((6, 3, 8, 8)).astype("f2"),
+    )
+    if finished:
+        run.write_metrics(
+            {
+                "before": rates(0.8123, 1.0, 0.0),
+                "after": rates(0.8045, after, 0.7999),
+                "method": "balanced",
+                "settings": {"lr": 0.01},
+                "seconds": seconds,
+                "seed": 3,
+                "stopped": "ran all its steps",
+                "der": 0.984,
+                "retuned_attack_success_rate": 0.0456,
+                "versions": {"bdu": "0.1.0"},
+                "weight_change": {"conv1.weight": 0.0123, "fc.weight": 0.2},
+            }
+        )
+    return run
+
+
+def shown(page):
+    return dict(re.findall(r'data-key="([^"]+)">([^<]+)<', page))
+
+
+def test_every_figure_is_that_of_metrics_json(tmp_path):
+    run = make_run(tmp_path / "run")
+    page = write_report(run).read_text()
+    metrics = json.loads((run.path / "metrics.json").read_text())
+    expected = {"der": f"{metrics['der']:.3f}"}
+    expected["retuned_attack_success_rate"] = "4.56 %"
+    for when in ("before", "after"):
+        for key, value in metrics[when].items():
+            values = {key: value} if key != "per_class_accuracy" else {}
+            if key == "per_class_accuracy":
+                values = {f"{key}.{i}": v for i, v in enumerate(value)}
+            for name, v in values.items():
+                expected[f"{when}.{name}"] = "–" if v is None else f"{100 * v:.2f} %"
+    assert shown(page) == expected
+    assert "1.23 %" in page  # how far conv1 moved
+    assert "20.00 %" in page
+
+
+class Tags(HTMLParser):
+    """Collects tags, and complains of those that are not closed."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.seen = [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.seen.append((tag, dict(attributes)))
+        if tag not in ("meta", "br", "img", "line", "polyline"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag, attributes):
+        self.seen.append((tag, dict(attributes)))
+
+
+def test_page_is_whole_and_can_be_read_by_those_who_cannot_see_it(tmp_path):
+    page = write_report(make_run(tmp_path / "run")).read_text()
+    tags = Tags()
+    tags.feed(page)
+    assert tags.open == []
+    pictures = [attributes for tag, attributes in tags.seen if tag == "img"]
+    assert len(pictures) == 3 * 4
+    assert all(p["src"].startswith("data:image/png;base64,") for p in pictures)
+    assert all(p["alt"] for p in pictures)
+    assert any("% of it on the trigger" in p["alt"] for p in pictures)
+    (chart,) = [attributes for tag, attributes in tags.seen if tag == "svg"]
+    assert "ASR from 100.0 % to 0.0 %" in chart["aria-label"]
+    dashes = [a["stroke-dasharray"] for tag, a in tags.seen if tag == "polyline"]
+    assert len(set(dashes)) == len(dashes) == 4
+    assert "<b>" not in page  # what a setting says is no markup
+    assert not re.search(r"<script|<link|@import|url\(|https?://", page)
+
+
+def test_words_follow_the_attention(tmp_path):
+    run = make_run(tmp_path / "run")
+    assert "Attention on the trigger fell" in write_report(run).read_text()
+    lines = run.read_lines()
+    lines[-1]["trigger_attention_share"] = 0.5
+    run.write_lines(lines)
+    page = write_report(run).read_text()
+    assert "Attention on the trigger did not fall" in page
+    assert "40.00 % lay on it before and 50.00 % in the end" in page
+
+
+def test_run_that_was_stopped_has_a_report(tmp_path, capsys):
+    run = make_run(tmp_path / "run", finished=False)
+    assert main(["report", str(run.path)]) == 0
+    page = (run.path / "report.html").read_text()
+    assert "The run has not finished: this is how far it got, step 50." in page
+    assert "<svg" in page
+    assert "<img" in page
+    assert shown(page) == {}
+    run.attention.unlink()
+    run.write_lines([])
+    write_report(run)
+    assert "left nothing to show yet" in (run.path / "report.html").read_text()
+
+
+def test_several_runs_stand_side_by_side(tmp_path, capsys):
+    one = make_run(tmp_path / "a" / "run")
+    two = make_run(tmp_path / "b" / "run", after=0.5, seconds=99.0)
+    three = make_run(tmp_path / "unfinished", finished=False)
+    out = tmp_path / "page.html"
+    paths = [str(run.path) for run in (one, two, three)]
+    assert main(["report", *paths, "--out", str(out)]) == 0
+    page = out.read_text()
+    # two of one name are told apart by their paths
+    for name in (*paths[:2], "unfinished", "2.34 %", "50.00 %", "12.3", "99.0", "has not finished"):
+        assert name in page, name
+    assert page.count("<svg") == 3
+    assert not (one.path / "report.html").exists()
+    write_comparison([one], out)
+
+
+def test_folder_without_a_run_is_refused(tmp_path, capsys):
+    assert main(["report", str(tmp_path)]) == 1
+    assert "expected a run with config.yaml, got none" in capsys.readouterr().err
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "start"),
+    [
+        ({}, "The backdoor no longer works: ASR went from 100.00 % to 2.00 %"),
+        ({"attack": 0.5}, "The backdoor still works"),
+        ({"robust": 0.3}, "The trigger no longer reaches its target, but still disturbs"),
+    ],
+)
+def test_verdict(changes, start):
+    after = rates(0.8, changes.get("attack", 0.02), changes.get("robust", 0.79))
+    metrics = {"before": rates(0.81, 1.0, 0.0), "after": after, "method": "x", "seconds": 1.0}
+    assert verdict(metrics).startswith(start)
+
+
+def test_titles_of_curves_that_end_together_do_not_cover_each_other():
+    curves = [Curve(str(i), "red", "", [(0, 0.0), (1, 0.001 * i)]) for i in range(5)]
+    heights = [
+        float(y) for y in re.findall(r'<text x="\d+\.\d" y="([\d.]+)">\d<', line_chart(curves))
+    ]
+    assert len(heights) == 5
+    assert min(abs(a - b) for i, a in enumerate(heights) for b in heights[:i]) >= 15
+    assert max(heights) < 296 - 20
+
+
+def visit(page, folder, *, size="1200,3000", dark=False):
+    """Open a page in a browser; returns what its console said, the hosts asked, the picture."""
+    log, picture = folder / "net.json", folder / "page.png"
+    flags = [
+        *(
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--no-first-run",
+            "--enable-logging=stderr",
+        ),
+        *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+        *(f"--user-data-dir={folder / 'profile'}", f"--log-net-log={log}"),
+        *(f"--screenshot={picture}", f"--window-size={size}", "--hide-scrollbars"),
+    ]
+    if dark:
+        flags.append("--blink-settings=preferredColorScheme=0")
+    done = subprocess.run(
+        [CHROMIUM, *flags, page.as_uri()], capture_output=True, text=True, timeout=120, check=True
+    )
+    console = [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
+    events = json.loads(log.read_text())["events"]
+    urls = {event["params"]["url"] for event in events if "url" in event.get("params", {})}
+    hosts = {urlparse(url).hostname for url in urls if url.startswith("http")}
+    return console, {h for h in hosts if not h.endswith(OF_THE_BROWSER)}, picture
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+@pytest.mark.parametrize("size", ["1200,3000", "390,4000"])
+@pytest.mark.parametrize("dark", [False, True])
+def test_browser_shows_it_without_complaint_and_asks_nobody(tmp_path, size, dark):
+    from PIL import Image
+
+    page = write_report(make_run(tmp_path / "run"))
+    console, hosts, picture = visit(page, tmp_path, size=size, dark=dark)
+    assert console == []
+    assert hosts == set()
+    pixels = np.asarray(Image.open(picture).convert("RGB")).astype(int)
+    background = pixels[2, 2].mean()
+    assert background < 60 if dark else background > 240
+    assert (np.abs(pixels - pixels[2, 2]).sum(2) > 60).mean() > 0.01  # something is drawn
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+def test_a_complaint_and_a_request_would_be_seen(tmp_path):
+    page = tmp_path / "page.html"
+    page.write_text(
+        '<script>console.error("no")</script><img src="http://elsewhere.example.com/x.png">'
+    )
+    console, hosts, _ = visit(page, tmp_path)
+    assert len(console) == 1
+    assert hosts == {"elsewhere.example.com"}
