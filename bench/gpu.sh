@@ -47,15 +47,17 @@ if [ "$device" = cuda ]; then
   part step "$python" bench/step.py --device cuda --rounds 30 --json "$out/step.json" --markdown "$out/step.md"
   part memory "$python" bench/memory.py --json "$out/memory.json" --markdown "$out/memory.md"
   part seven_billion "$python" bench/seven_billion.py --json "$out/seven_billion.json"
+  part fisher "$python" bench/fisher.py --device cuda --json "$out/fisher.json" --markdown "$out/fisher.md"
 else
   part doctor "$python" -m bdu doctor
   part tests "$python" -m pytest -q tests/test_gpu.py
   part step "$python" bench/step.py --device cpu --shapes resnet18 --dtype float32 --rounds 3 --arm fused --json "$out/step.json" --markdown "$out/step.md"
   part seven_billion "$python" bench/seven_billion.py --device cpu --layers 2 --width 128 --json "$out/seven_billion.json"
+  part fisher "$python" bench/fisher.py --case mlp --rounds 2 --json "$out/fisher.json" --markdown "$out/fisher.md"
 fi
 
 echo
-for table in step memory; do
+for table in step memory fisher; do
   [ -f "$out/$table.md" ] && grep -E '^\||^Device' "$out/$table.md"
 done
 [ -f "$out/seven_billion.json" ] && cat "$out/seven_billion.json"
