@@ -22,8 +22,9 @@ Arms
     bdu                      FisherAccumulator.add; its plan, made once a model, is shown apart
     bdu + gradient           FisherAccumulator.backward, which gives p.grad as well
     bdu reference            the same with the backend in plain torch; on a GPU, or by --arm
-    bmm + square-sum         hooks, no p.grad, torch.bmm layer by layer, then square and sum; and
-                             (g²)ᵀ(a²) where a sample has one position: the strongest simple way
+    bmm + square-sum         hooks, no p.grad, torch.bmm layer by layer (of images also torch's
+                             convolutions), then square and sum; (g²)ᵀ(a²) where a sample has one
+                             position: the strongest simple way
     batch-1 loop             autograd, one sample at a time
     vmap(grad)               torch.func
     Opacus X                 GradSampleModule: hooks, functorch, ExpandedWeights
@@ -824,12 +825,12 @@ class Products(Arm):
     def choices(self) -> dict[str, list[Any]]:
         if self.problem.x.dim() == 2 and self.problem.x.is_floating_point():
             return {}  # one position a sample, and no gradient of a sample
-        blocks = [0] + [2**power for power in range(20, 40, 2) if 2**power <= self.problem.limit]
-        found: dict[str, list[Any]] = {"block": blocks, "squares": self.ways()}
+        found: dict[str, list[Any]] = {}
         convolutions = [module for module in self.model.modules() if isinstance(module, nn.Conv2d)]
         if not all(is_point(module) for module in convolutions):
-            found["convolution"] = ["unfold", "grouped"]
-        return found
+            found["convolution"] = ["unfold", "grouped", "one by one"]
+        blocks = [0] + [2**power for power in range(20, 40, 2) if 2**power <= self.problem.limit]
+        return found | {"block": blocks, "squares": self.ways()}
 
     def step(self) -> None:
         self.leaves: list[Tensor] = []
@@ -903,30 +904,47 @@ class Products(Arm):
             add_squares(total, products, self.settings["squares"])
 
     def _windows(self, module: nn.Conv2d, total: Tensor, a: Tensor, g: Tensor) -> None:
-        plain = {"dilation": module.dilation, "padding": module.padding, "stride": module.stride}
-        pointwise = is_point(module)
-        groups, group_out = module.groups, module.out_channels // module.groups
-        for block in self._blocks(total, len(g)):
-            x, gradients = a[block], g[block]
-            if pointwise or self.settings["convolution"] == "unfold":
-                columns = x.flatten(2) if pointwise else F.unfold(x, module.kernel_size, **plain)
-                columns = columns.unflatten(1, (groups, -1)).flatten(0, 1)
-                own = gradients.reshape(len(x) * groups, group_out, -1)
-                products = torch.bmm(own, columns.transpose(1, 2))
-            else:
-                # A convolution of the input with the gradients, every sample a group of its own.
-                image = x.reshape(len(x) * groups, -1, *x.shape[2:]).transpose(0, 1)
-                products = F.conv2d(
-                    image,
-                    gradients.reshape(-1, 1, *gradients.shape[2:]),
-                    stride=module.dilation,
-                    padding=module.padding,
-                    dilation=module.stride,
-                    groups=len(x) * groups,
+        plain = {"stride": module.stride, "padding": module.padding, "dilation": module.dilation}
+        way = "unfold" if is_point(module) else self.settings["convolution"]
+        if way == "one by one":
+            for one in range(len(g)):
+                samples = slice(one, one + 1)
+                product = nn.grad.conv2d_weight(
+                    a[samples], total.shape, g[samples], **plain, groups=module.groups
                 )
-                height, width = module.kernel_size  # positions that the stride left over
-                products = products[:, :, :height, :width].transpose(0, 1)
-            add_squares(total, products.reshape(len(x), *total.shape), self.settings["squares"])
+                total.addcmul_(product, product)
+            return
+        for block in self._blocks(total, len(g)):
+            products = (unfolded if way == "unfold" else grouped)(module, a[block], g[block])
+            shaped = products.reshape(-1, *total.shape)
+            add_squares(total, shaped, self.settings["squares"])
+
+
+def unfolded(module: nn.Conv2d, x: Tensor, gradients: Tensor) -> Tensor:
+    """Each sample's weight gradient as a product of matrices."""
+    if is_point(module):
+        columns = x.flatten(2)
+    else:
+        where = {"dilation": module.dilation, "padding": module.padding, "stride": module.stride}
+        columns = F.unfold(x, module.kernel_size, **where)
+    columns = columns.unflatten(1, (module.groups, -1)).flatten(0, 1)
+    own = gradients.reshape(len(x) * module.groups, module.out_channels // module.groups, -1)
+    return torch.bmm(own, columns.transpose(1, 2))
+
+
+def grouped(module: nn.Conv2d, x: Tensor, gradients: Tensor) -> Tensor:
+    """Likewise as a convolution of the input with the gradients, every sample a group."""
+    groups = len(x) * module.groups
+    products = F.conv2d(
+        x.reshape(groups, -1, *x.shape[2:]).transpose(0, 1),
+        gradients.reshape(-1, 1, *gradients.shape[2:]),
+        stride=module.dilation,
+        padding=module.padding,
+        dilation=module.stride,
+        groups=groups,
+    )
+    height, width = module.kernel_size  # positions that the stride left over
+    return products[:, :, :height, :width].transpose(0, 1)
 
 
 def is_point(module: nn.Conv2d) -> bool:

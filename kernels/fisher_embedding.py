@@ -8,7 +8,6 @@ number has to come back from the device, and nothing is as large as the table.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -89,7 +88,7 @@ def fisher_embedding(
 
     Args:
         total: (V, D) float32, contiguous, added to.
-        indices: (B, T), integers in [0, V).
+        indices: (B, T), int32 or int64, in [0, V).
         gradients: g (B, T, D): float32, bfloat16 or float16. Any strides; copied first unless the
             last axis is contiguous. Read 16 bytes at a time where that divides the address, the
             other strides and D.
@@ -99,8 +98,6 @@ def fisher_embedding(
     if gradients.numel() == 0:
         return
     tokens, (positions, width) = indices.numel(), gradients.shape[1:]
-    if indices.dtype not in (torch.int32, torch.int64):
-        indices = indices.long()
     index, token = indices.reshape(-1).sort(stable=True)
     g = with_contiguous_channels(gradients)
     g_strides = strides_of(g)

@@ -163,24 +163,24 @@ def tile_for(
     left. ``aligned`` says that loads are whole vectors; others hold an address an element.
     """
     block_o, block_i = _block(outputs), _block(inputs)
-    if -(-outputs // 128) * -(-inputs // 128) * samples < multiprocessors:
+    few = -(-outputs // 128) * -(-inputs // 128) * samples < multiprocessors
+    if few or not (tensor_cores or aligned):
         block_o, block_i = min(block_o, 64), min(block_i, 64)
     if block_o == block_i == 16:
         block_i = 64
-    roomy = tensor_cores or aligned
-    if block_o == block_i == 128 and (accumulators > 2 or not roomy):
+    if block_o == block_i == 128 and accumulators > 2:
         block_i = 64
     elements = block_o * block_i
     if tensor_cores:
-        longest = 64 if aligned else 32
+        chunk, large = 64 if aligned else 32, 128 * 64
     else:
-        longest = 32 if aligned and elements == 128 * 64 else 16
-    chunk = longest
+        # The factors of a whole chunk can stand in registers.
+        chunk, large = 32 if elements == 128 * 64 else 16, 64 * 64
     # What is filled up is multiplied like the rest.
     while chunk > 16 and _filled(positions, chunk // 2) <= 0.85 * _filled(positions, chunk):
         chunk //= 2
-    warps, resident = (8, 1) if elements >= 128 * 64 else (4, 3)
-    return Tile(block_o, block_i, chunk, warps, 3 if roomy else 2, resident)
+    warps, resident = (8, 1) if elements >= large else (4, 3)
+    return Tile(block_o, block_i, chunk, warps, 3, resident)
 
 
 def _filled(positions: int, chunk: int) -> int:

@@ -322,7 +322,7 @@ def embedding(
 
 
 @pytest.mark.parametrize("g", DTYPES)
-@pytest.mark.parametrize("index", [torch.int32, torch.int64, torch.uint8])
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
 @pytest.mark.parametrize(
     "shape",
     [(3, 7, 5, 12), (4, 1, 9, 8), (1, 11, 3, 5), (2, 6, 40, 260), (5, 9, 2, 3), (2, 13, 1, 4)],
@@ -770,6 +770,7 @@ class Compiler:
         from triton.runtime.jit import JITFunction
 
         self.architecture = 90
+        self.precision = fisher_tiles.FLOAT32_PRECISION
         self.kernels: list[Any] = []
         self.fresh: list[str] = []
         run = JITFunction.run
@@ -796,7 +797,7 @@ class Compiler:
     def __call__(self, case: Case) -> list[dict[str, Any]]:
         function, self.architecture, arguments = case
         arguments = dict(arguments)
-        fisher_tiles.FLOAT32_PRECISION = arguments.pop("precision", "ieee")
+        fisher_tiles.FLOAT32_PRECISION = arguments.pop("precision", self.precision)
         self.kernels.clear()
         globals()[f"compiled_{function}"](**arguments)
         return [{"kernel": name, **self.usage(kernel)} for name, kernel in self.kernels]
