@@ -1374,7 +1374,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, default=None, metavar="FILE")
     parser.add_argument("--markdown", type=Path, default=None, metavar="FILE")
     options = parser.parse_args()
-    for message in ("Full backward hook is firing", "There is a performance drop", "Extension sav"):
+    for message in ("Full backward hook is firing", "There is a performance drop", "In CPU auto"):
         warnings.filterwarnings("ignore", message)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     if options.peak_memory is not None:
