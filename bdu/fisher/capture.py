@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bdu import dispatch
 from bdu.fisher.calls import Call, Watch, backward
 from bdu.fisher.contributions import (
     Contribution,
@@ -61,6 +62,8 @@ class Capture:
         gradients: Mapping[str, Tensor] | None = None,
     ) -> None:
         self._plan, self._totals, self._gradients = plan, totals, gradients
+        # A backward on a device runs in another thread, which knows nothing of this one's choice.
+        self._backend = dispatch.forced_backend()
         self._watch = Watch({id(p): n for n, p in plan.parameters.items()}, self._seen)
 
     @contextmanager
@@ -135,7 +138,9 @@ class Capture:
     ) -> None:
         """Take the gradients of a call's output."""
         # nothing in here is the model's
+        forced = nullcontext() if self._backend is None else dispatch.use_backend(self._backend)
         with (
+            forced,
             torch._C.DisableTorchFunction(),
             torch.autocast(gradients.device.type, enabled=False),
         ):

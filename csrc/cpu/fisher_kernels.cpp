@@ -40,6 +40,45 @@ struct Float16 {
 float from(Bfloat16 value) { return from_bfloat16(value.bits); }
 float from(Float16 value) { return from_float16(value.bits); }
 
+typedef std::int32_t Lanes __attribute__((vector_size(kLanes * sizeof(float))));
+
+// Turns kLanes vectors of rows into kLanes of columns: at each distance, pairs exchange halves.
+template <int distance = 1>
+void transpose(Vector (&v)[kLanes]) {
+  Lanes low, high;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    low[lane] = lane & distance ? kLanes + lane - distance : lane;
+    high[lane] = lane & distance ? kLanes + lane : lane + distance;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & distance) continue;
+    const Vector a = v[i], b = v[i + distance];
+    v[i] = __builtin_shuffle(a, b, low);
+    v[i + distance] = __builtin_shuffle(a, b, high);
+  }
+  if constexpr (2 * distance < kLanes) transpose<2 * distance>(v);
+}
+
+// Rows that lie together, columns that do not: kLanes by kLanes of them at a time. Returns how many
+// rows are done; the last ones are not, as a vector is written where a row may be shorter.
+std::int64_t pack_transposed(const float* data, std::int64_t column_stride, std::int64_t rows,
+                             int columns, int width, float* out) {
+  const std::int64_t last = width >= kLanes ? rows - rows % kLanes : rows - kLanes;
+  std::int64_t row = 0;
+  for (; row + kLanes <= last; row += kLanes)
+    for (int first = 0; first < columns; first += kLanes) {
+      // what is written beyond the width belongs to the next row, and is written again
+      if (first > 0 && first + kLanes > width) return 0;
+      Vector block[kLanes];
+      for (int c = 0; c < kLanes; ++c)
+        block[c] = first + c < columns ? load(data + (first + c) * column_stride + row) : Vector{};
+      transpose(block);
+      for (int r = 0; r < kLanes; ++r) store(out + (row + r) * width + first, block[r]);
+    }
+  return row;
+}
+
 template <class Element>
 void pack_as(const Matrix& matrix, std::int64_t rows, int columns, int width, float* out) {
   const auto* data = static_cast<const Element*>(matrix.data);
@@ -66,7 +105,12 @@ void pack_as(const Matrix& matrix, std::int64_t rows, int columns, int width, fl
   }
   // A few rows at a time, so that what is written stays in the nearest cache.
   constexpr std::int64_t kRows = 64;
-  for (std::int64_t first = 0; first < rows; first += kRows) {
+  std::int64_t done = 0;
+  if constexpr (std::is_same_v<Element, float>)
+    if (matrix.row_stride == 1 && width - columns < kLanes &&
+        (width <= kLanes || width % kLanes == 0))
+      done = pack_transposed(data, matrix.column_stride, rows, columns, width, out);
+  for (std::int64_t first = done; first < rows; first += kRows) {
     const std::int64_t last = std::min(rows, first + kRows);
     for (int column = 0; column < columns; ++column) {
       const Element* in = data + column * matrix.column_stride;
