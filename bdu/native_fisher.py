@@ -6,6 +6,7 @@ activations and gradients are float32, bfloat16 or float16 with any strides.
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -55,14 +56,30 @@ def _fisher_of_one_step(
     # A sample's gradient is one product: its square is the product of the squares.
     total, bias_total, weight_gradient, bias_gradient = totals
     activations, gradients = activations.float(), gradients.float()
-    squares = gradients.square()
-    total.addmm_(squares.T, activations.square())
+    squares = _square(gradients, 0)
+    total.addmm_(squares.T, _square(activations, 1))
     if bias_total is not None:
         bias_total.add_(squares.sum(0))
     if weight_gradient is not None:
         weight_gradient.addmm_(gradients.T, activations)
     if bias_gradient is not None:
         bias_gradient.add_(gradients.sum(0))
+
+
+# Fresh memory for the squares of a small layer costs more than its arithmetic: the first write to
+# each page. Larger ones are not kept.
+_kept = threading.local()
+_MOST_KEPT = 2**21  # floats
+
+
+def _square(tensor: Tensor, place: int) -> Tensor:
+    """tensor², in memory that the next square of this place overwrites."""
+    if tensor.numel() > _MOST_KEPT:
+        return tensor.square()
+    buffers: dict[int, Tensor] = _kept.__dict__.setdefault("buffers", {})
+    if place not in buffers or buffers[place].numel() < tensor.numel():
+        buffers[place] = torch.empty(tensor.numel())
+    return torch.mul(tensor, tensor, out=buffers[place][: tensor.numel()].view(tensor.shape))
 
 
 def fisher_conv(
