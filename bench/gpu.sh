@@ -38,7 +38,7 @@ part() { # name, command...
 if [ "$device" = cuda ]; then
   part build "$python" -m pip install --no-build-isolation --no-deps --config-settings=cmake.define.BDU_CUDA=ON --config-settings=cmake.define.CMAKE_CUDA_ARCHITECTURES=native -e .
   part doctor "$python" -m bdu doctor
-  part tests "$python" -m pytest -q -m "gpu or not slow" tests/test_gpu.py tests/test_ops.py tests/test_small_state.py tests/test_kernels.py tests/test_optim.py tests/test_optim_contract.py
+  part tests "$python" -m pytest -q -m "gpu or not slow" tests/test_gpu.py tests/test_ops.py tests/test_small_state.py tests/test_kernels.py tests/test_optim.py tests/test_optim_contract.py tests/test_fisher.py tests/test_fisher_ops.py
   if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck; do
       part "$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" -m pytest -q -x tests/test_gpu.py -k "sanitize"
