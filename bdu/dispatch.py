@@ -156,22 +156,23 @@ def choose(operation: str, device: str, dtypes: Collection[torch.dtype]) -> str:
         RuntimeError: a forced backend is absent or does not serve this device and these dtypes, or
             no backend does.
     """
-    lines = [
+    lines = (
         line
         for line in TABLE[operation]
         if line.device == device and line.dtypes.issuperset(dtypes) and _reaches(line)
-    ]
-    wanted = f"{operation} on {device} with {', '.join(sorted(map(str, dtypes)))}"
+    )
     forced = forced_backend()
-    if forced is not None:
-        _require(forced)
-        if not any(line.backend == forced for line in lines):
-            raise RuntimeError(f"backend: {forced!r} was forced, but does not serve {wanted}")
-        return forced
-    for line in lines:
-        if absence(line.backend) is None:
-            return line.backend
-    raise RuntimeError(f"backend: none serves {wanted}")
+    if forced is None:
+        for line in lines:
+            if absence(line.backend) is None:
+                return line.backend
+    wanted = f"{operation} on {device} with {', '.join(sorted(map(str, dtypes)))}"
+    if forced is None:
+        raise RuntimeError(f"backend: none serves {wanted}")
+    _require(forced)
+    if not any(line.backend == forced for line in lines):
+        raise RuntimeError(f"backend: {forced!r} was forced, but does not serve {wanted}")
+    return forced
 
 
 def refuse_capture(backend: str, on_device: Collection[str]) -> None:

@@ -102,6 +102,17 @@ def fisher_conv(
         stride, padding, dilation = (1, *stride), (0, *padding), (1, *dilation)
     # Positions are walked as one axis.
     flat = gradients.flatten(2).transpose(1, 2)
+    if _is_pointwise(total, stride, padding, groups):
+        own = None if weight_gradient is None else weight_gradient.view(total.shape[:2])
+        fisher_linear(
+            total.view(total.shape[:2]),
+            activations.flatten(2).transpose(1, 2),
+            flat,
+            bias_total=bias_total,
+            weight_gradient=own,
+            bias_gradient=bias_gradient,
+        )
+        return
     samples, inputs = activations.shape[:2]
     library().fisher_conv(
         activations=activations.data_ptr(),
@@ -122,6 +133,14 @@ def fisher_conv(
         total_stride=total.stride(),
         threads=torch.get_num_threads(),
     )
+
+
+def _is_pointwise(
+    total: Tensor, stride: tuple[int, ...], padding: tuple[int, ...], groups: int
+) -> bool:
+    """Whether the convolution is a linear layer of every position."""
+    sizes = (*total.shape[2:], *stride)
+    return groups == 1 and all(n == 1 for n in sizes) and not any(padding)
 
 
 def fisher_embedding(

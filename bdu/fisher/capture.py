@@ -139,11 +139,10 @@ class Capture:
         """Take the gradients of a call's output."""
         # nothing in here is the model's
         forced = nullcontext() if self._backend is None else dispatch.use_backend(self._backend)
-        with (
-            forced,
-            torch._C.DisableTorchFunction(),
-            torch.autocast(gradients.device.type, enabled=False),
-        ):
+        device = gradients.device.type
+        is_cast = torch.is_autocast_enabled(device)
+        uncast = torch.autocast(device, enabled=False) if is_cast else nullcontext()
+        with forced, torch._C.DisableTorchFunction(), uncast:
             found = call.contributions(activations, gradients, layout, self._samples)
             if call.is_pair and all(len(self._uses[name]) == 1 for name in call.names.values()):
                 self._add_pair(call.names["weight"], call.names["bias"], found["weight"])

@@ -6,6 +6,7 @@ import math
 import time
 import zlib
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -303,11 +304,13 @@ class FisherAccumulator:
         capture = Capture(self._plan, self._totals, sums)
         with capture.batch(len(y), known_positions(x)):
             logits = run(self._model, x)
-            if self._labels == "model":
-                y = drawn_labels(logits.detach(), y, self._generator)
-            losses = self._losses(logits, y)
+            with torch._C.DisableTorchFunction() if self._by_name else nullcontext():
+                if self._labels == "model":
+                    y = drawn_labels(logits.detach(), y, self._generator)
+                losses = self._losses(logits, y)
+                total = losses.sum()
             del logits
-            capture.backward(losses.sum())
+            capture.backward(total)
         self._per_sample.add(x, y, self._totals, sums)
         if self.samples == 0:
             _check_finite(self._totals)

@@ -147,7 +147,10 @@ def rows_of(x: Any, index: Any) -> Any:
 def run(model: nn.Module, x: Any, parameters: dict[str, Tensor] | None = None) -> Tensor:
     """The model's logits of x, with other values for some parameters."""
     args, kwargs = ((), dict(x)) if isinstance(x, Mapping) else ((x,), {})
-    outputs = torch.func.functional_call(model, parameters or {}, args, kwargs)
+    if parameters:
+        outputs = torch.func.functional_call(model, parameters, args, kwargs)
+    else:
+        outputs = model(*args, **kwargs)
     logits = getattr(outputs, "logits", outputs)
     if not isinstance(logits, Tensor):
         raise ValueError(f"model: expected a tensor or .logits, got {type(outputs).__name__}")
