@@ -5,13 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from bdu.attacks.adaptive_blend import AdaptiveBlend
 from bdu.attacks.badnets import BadNets
 from bdu.attacks.blended import Blended
+from bdu.attacks.bpp import BPP
+from bdu.attacks.ftrojan import FTrojan
+from bdu.attacks.sig import SIG
 from bdu.attacks.trigger import Poisoned, Poisoner, Trigger, load_trigger, poison
+from bdu.attacks.wanet import WaNet
 
 ATTACKS: dict[str, Callable[..., Trigger]] = {
+    AdaptiveBlend.name: AdaptiveBlend,
+    BPP.name: BPP,
     BadNets.name: BadNets,
     Blended.name: Blended,
+    FTrojan.name: FTrojan,
+    SIG.name: SIG,
+    WaNet.name: WaNet,
 }
 
 
@@ -32,11 +42,16 @@ def make_attack(name: str, **options: Any) -> Trigger:
 
 __all__ = [
     "ATTACKS",
+    "BPP",
+    "SIG",
+    "AdaptiveBlend",
     "BadNets",
     "Blended",
+    "FTrojan",
     "Poisoned",
     "Poisoner",
     "Trigger",
+    "WaNet",
     "load_trigger",
     "make_attack",
     "poison",

@@ -2,22 +2,24 @@
 
 An attack is one file with one class. A trigger that depends on the image, or that was trained,
 follows the same protocol: `__call__` may compute anything from x, `mask` is then all true, and
-`spec` names the file that holds what was trained. Where planting is more than putting the trigger
-on chosen images and relabelling them (clean labels, cover images), the class is a `Poisoner` too.
+`spec` names the file that holds what was trained. What an attack needs beyond that, it says by
+further small protocols: a `Poisoner` plants itself (clean labels, cover images), one that is
+`Prepared` is made with the help of a clean model, a `Saved` one keeps tensors in a file.
 """
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
-from torch import Tensor
+from torch import Tensor, nn
 
 from bdu.data import as_unit_float, check_images, check_labels
 from bdu.metrics import ALL_TO_ALL, Target, target_labels
@@ -60,12 +62,17 @@ class Poisoned:
         y: (N,) int64, the labels to train on; at `indices` those that the attacker wants.
         y_true: (N,) int64, the labels given.
         indices: (M,) int64, ascending: the samples that carry the trigger, no others.
+        cover_indices: (K,) int64, ascending, none of them in `indices`: images changed by the
+            attacker that keep their label. All images at neither are those given.
+        clean_label: the samples at `indices` are of the target class; no label was changed.
     """
 
     x: Tensor
     y: Tensor
     y_true: Tensor
     indices: Tensor
+    cover_indices: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    clean_label: bool = False
 
 
 @runtime_checkable
@@ -76,6 +83,49 @@ class Poisoner(Protocol):
         self, x: Tensor, y: Tensor, *, rate: float, target: Target, num_classes: int, seed: int
     ) -> Poisoned:
         """See the function poison."""
+        ...
+
+
+@runtime_checkable
+class Prepared(Protocol):
+    """A trigger that a clean model helps to make; without it, it can be neither put on nor planted.
+
+    `prepare` may be called where the trigger was loaded from a file, and then makes it anew.
+    """
+
+    def prepare(
+        self,
+        surrogate: Callable[[], nn.Module],
+        x: Tensor,
+        y: Tensor,
+        *,
+        target: Target,
+        num_classes: int,
+        seed: int,
+    ) -> None:
+        """Make what the attack needs.
+
+        Args:
+            surrogate: gives a clean classifier of such images; called only where one is needed,
+                since that may train it.
+            x: (N, C, H, W), uint8 or float in [0, 1], the attacker's training images.
+            y: (N,) their true classes, integer.
+            target, num_classes: as in poison.
+            seed: of every draw.
+        """
+        ...
+
+
+@runtime_checkable
+class Saved(Protocol):
+    """A trigger with tensors too many for its spec."""
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write them as safetensors; from then on spec()["file"] is that path.
+
+        Raises:
+            ValueError: nothing was made yet, or another suffix than .safetensors.
+        """
         ...
 
 
@@ -114,27 +164,124 @@ def poison(
         raise ValueError(f"rate: expected a share in [0, 1], got {rate}")
     if isinstance(trigger, Poisoner):
         return trigger.poison(x, y, rate=rate, target=target, num_classes=num_classes, seed=seed)
-    wanted = target_labels(y, target, num_classes)
-    candidates = (y != wanted).nonzero().flatten().cpu()
-    count = round(rate * len(x))
-    if rate > 0 and count == 0:
-        raise ValueError(f"rate: expected at least {1 / len(x):.2g} for {len(x)} samples")
-    if count > len(candidates):
-        raise ValueError(
-            f"rate: expected at most {len(candidates) / len(x):.4g} (samples whose class is not "
-            f"the target), got {rate}"
-        )
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randperm(len(candidates), generator=generator)[:count]
-    indices = candidates[drawn].sort().values
+    return plant(x, y, trigger, rate=rate, target=target, num_classes=num_classes, seed=seed)
+
+
+def plant(
+    x: Tensor,
+    y: Tensor,
+    change: Callable[[Tensor], Tensor],
+    *,
+    rate: float,
+    target: Target,
+    num_classes: int,
+    seed: int | torch.Generator,
+    clean_label: bool = False,
+    cover: Callable[[Tensor], Tensor] | None = None,
+    cover_ratio: float = 0.0,
+) -> Poisoned:
+    """What poison does, in the variants that a Poisoner may ask for.
+
+    Args:
+        x, y, rate, target, num_classes: checked, as poison hands them over.
+        change: what is done to the images of the drawn samples, as a trigger.
+        seed: of the draws, or their generator, which `change` and `cover` may go on with.
+        clean_label: draw from the target class and leave the labels.
+        cover: what is done to the images of the cover samples, which keep their label; they are
+            drawn among all samples that are not drawn for the trigger.
+        cover_ratio: cover samples for each triggered one.
+
+    Raises:
+        ValueError: as drawn, or more cover samples than samples are left.
+    """
+    generator = seed
+    if not isinstance(generator, torch.Generator):
+        generator = torch.Generator().manual_seed(generator)
+    indices = drawn(
+        y,
+        rate=rate,
+        target=target,
+        num_classes=num_classes,
+        seed=generator,
+        clean_label=clean_label,
+    )
+    covers = torch.empty(0, dtype=torch.int64)
+    if cover is not None:
+        covers = _drawn_covers(indices, len(x), round(cover_ratio * len(indices)), generator)
     poisoned_x, poisoned_y = x.clone(), y.clone()
     for part in indices.to(x.device).split(BATCH):
-        poisoned_x[part] = triggered_like(x[part], trigger)
+        poisoned_x[part] = triggered_like(x[part], change)
+    if cover is not None:
+        for part in covers.to(x.device).split(BATCH):
+            poisoned_x[part] = triggered_like(x[part], cover)
+    wanted = target_labels(y, target, num_classes)
     poisoned_y[indices.to(y.device)] = wanted[indices.to(y.device)]
-    return Poisoned(poisoned_x, poisoned_y, y.clone(), indices)
+    return Poisoned(poisoned_x, poisoned_y, y.clone(), indices, covers, clean_label)
 
 
-def triggered_like(x: Tensor, trigger: Trigger) -> Tensor:
+def drawn(
+    y: Tensor,
+    *,
+    rate: float,
+    target: Target,
+    num_classes: int,
+    seed: int | torch.Generator,
+    clean_label: bool = False,
+) -> Tensor:
+    """The samples to put a trigger on: round(rate · N) of those of another class than the target.
+
+    Args:
+        y: (N,) true classes, integer.
+        rate: share of all N samples, in [0, 1].
+        target: a class, or "all-to-all".
+        num_classes: number of classes, at least 2.
+        seed: of the draw, or its generator.
+        clean_label: draw among those of the target class instead.
+
+    Returns:
+        (M,) int64 on the CPU, ascending.
+
+    Raises:
+        ValueError: values out of range, a positive rate that rounds to no sample, or one that
+            asks for more samples than there are to draw from; "all-to-all" with clean labels.
+    """
+    if not 0 <= rate <= 1:
+        raise ValueError(f"rate: expected a share in [0, 1], got {rate}")
+    if clean_label and target == ALL_TO_ALL:
+        raise ValueError(
+            "target: expected one class, got 'all-to-all': a clean-label attack leaves every "
+            "label, so that the trigger can only stand for the class whose images carry it"
+        )
+    wanted = target_labels(y, target, num_classes)
+    candidates = ((y == wanted) if clean_label else (y != wanted)).nonzero().flatten().cpu()
+    count = round(rate * len(y))
+    if rate > 0 and count == 0:
+        raise ValueError(f"rate: expected at least {1 / len(y):.2g} for {len(y)} samples")
+    if count > len(candidates):
+        which = "is the target, as labels are left" if clean_label else "is not the target"
+        raise ValueError(
+            f"rate: expected at most {len(candidates) / len(y):.4g} (samples whose class {which}), "
+            f"got {rate}"
+        )
+    generator = seed
+    if not isinstance(generator, torch.Generator):
+        generator = torch.Generator().manual_seed(generator)
+    return candidates[torch.randperm(len(candidates), generator=generator)[:count]].sort().values
+
+
+def _drawn_covers(indices: Tensor, total: int, count: int, generator: torch.Generator) -> Tensor:
+    is_left = torch.ones(total, dtype=torch.bool)
+    is_left[indices] = False
+    left = is_left.nonzero().flatten()
+    if count > len(left):
+        raise ValueError(
+            f"cover_ratio: expected at most {len(left) / len(indices):.4g} "
+            f"({len(left)} samples are left for {len(indices)} triggered ones), got {count} samples"
+        )
+    return left[torch.randperm(len(left), generator=generator)[:count]].sort().values
+
+
+def triggered_like(x: Tensor, trigger: Callable[[Tensor], Tensor]) -> Tensor:
     """trigger(x) in x's own dtype; for uint8 the triggered image is rounded to 256 levels."""
     if len(x) == 0:
         return x.clone()
@@ -149,6 +296,50 @@ def check_batch(x: Tensor) -> Tensor:
     if x.dim() != 4 or not x.is_floating_point():
         raise ValueError(f"x: expected float (N, C, H, W), got {x.dtype} {tuple(x.shape)}")
     return x
+
+
+def add_pattern(x: Tensor, pattern: Tensor) -> Tensor:
+    """clip(x + pattern) to [0, 1], for x a float batch (N, C, H, W) and a pattern that fits it."""
+    return (check_batch(x) + pattern.to(x.device, x.dtype)).clamp(0, 1)
+
+
+def check_number(
+    value: float,
+    name: str,
+    *,
+    least: float = -math.inf,
+    above: float = -math.inf,
+    most: float = math.inf,
+    whole: bool = False,
+) -> Any:
+    """Return a finite number that is at least `least`, above `above` and at most `most`.
+
+    Args:
+        value: what was given.
+        name: the argument's name in errors.
+        least, above, most: bounds; infinite ones do not hold.
+        whole: expect an int.
+
+    Raises:
+        ValueError: anything else.
+    """
+    is_number = isinstance(value, int) if whole else isinstance(value, (int, float))
+    if (
+        not is_number
+        or isinstance(value, bool)
+        or not math.isfinite(value)
+        or not (least <= value <= most and value > above)
+    ):
+        bounds = [
+            *([f"at least {least:g}"] if least > -math.inf else []),
+            *([f"above {above:g}"] if above > -math.inf else []),
+            *([f"at most {most:g}"] if most < math.inf else []),
+        ]
+        kind = "an integer" if whole else "a number"
+        raise ValueError(
+            f"{name}: expected {' '.join([kind, ' and '.join(bounds)])}, got {value!r}"
+        )
+    return value
 
 
 def load_trigger(path: str | os.PathLike[str]) -> tuple[Tensor, Tensor]:
@@ -288,15 +479,21 @@ __all__ = [
     "Poisoned",
     "Poisoner",
     "Position",
+    "Prepared",
+    "Saved",
     "Target",
     "Trigger",
+    "add_pattern",
     "as_pattern",
     "as_weight",
     "check_batch",
     "check_channels",
+    "check_number",
     "check_position",
+    "drawn",
     "load_trigger",
     "place",
+    "plant",
     "poison",
     "triggered_like",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import re
 from collections.abc import Sequence
@@ -10,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import nn
 
 from bdu import metrics, models
-from bdu.attacks import Trigger, make_attack
+from bdu.attacks import ATTACKS, Trigger, make_attack
 from bdu.attacks.retune import retune
 from bdu.attacks.trigger import triggered_like
 from bdu.checkpoint import load_into, load_state_dict
@@ -66,7 +68,7 @@ def add_attack(parser: argparse.ArgumentParser, *, required: bool) -> None:
     parser.add_argument(
         "--attack",
         default=None,
-        help="badnets, blended, or the attack.json of a `bdu poison` run",
+        help=f"{', '.join(sorted(ATTACKS))}, or the attack.json of a `bdu poison` run",
     )
     parser.add_argument("--trigger", type=Path, default=None, metavar="PNG", help="its picture")
     parser.add_argument(
@@ -100,14 +102,20 @@ def config(options: argparse.Namespace) -> dict[str, Any]:
     return {key: str(v) if isinstance(v, Path) else v for key, v in values.items()}
 
 
-def attack(options: argparse.Namespace) -> Trigger | None:
+def attack(options: argparse.Namespace, settings: dict[str, Any] | None = None) -> Trigger | None:
     """The trigger asked for, or None.
+
+    Args:
+        options: with the flags of add_attack.
+        settings: more of the attack's options, as `settings` reads them.
 
     Raises:
         ValueError: flags that do not go together, or a trigger that cannot be read.
     """
     name = options.attack
     if name is not None and name.endswith(".json"):
+        if settings:
+            raise ValueError(f"--set: expected none beside an attack.json, got {settings}")
         return make_attack(**json.loads(Path(name).read_text())["trigger"])
     given: dict[str, Any] = {}
     if options.trigger is not None:
@@ -120,9 +128,30 @@ def attack(options: argparse.Namespace) -> Trigger | None:
         if options.trigger is None:
             if given:
                 raise ValueError(f"--{next(iter(given))}: expected --attack or --trigger with it")
+            if settings:
+                raise ValueError("--set: expected --attack or --trigger with it")
             return None
         name = "badnets"
+    for setting, value in (settings or {}).items():
+        if setting in given:
+            raise ValueError(f"--set: expected {setting} once, got it as a flag too")
+        given[setting] = value
     return make_attack(name, **given)
+
+
+def settings(pairs: Sequence[str]) -> dict[str, Any]:
+    """NAME=VALUE pairs of ``--set`` as a dict; values are read as YAML.
+
+    Raises:
+        ValueError: no pair, or a value that cannot be read.
+    """
+    read: dict[str, Any] = {}
+    for pair in pairs:
+        name, separator, value = pair.partition("=")
+        if not separator:
+            raise ValueError(f"--set: expected NAME=VALUE, got {pair!r}")
+        read[name.strip().replace("-", "_")] = _value(value)
+    return read
 
 
 def target(options: argparse.Namespace) -> metrics.Target | None:
@@ -141,13 +170,15 @@ def target(options: argparse.Namespace) -> metrics.Target | None:
     return int(text)
 
 
-def evaluators_view(options: argparse.Namespace) -> tuple[Trigger | None, metrics.Target | None]:
-    """Trigger and target for an evaluation: both or neither.
+def evaluators_view(
+    options: argparse.Namespace, settings: dict[str, Any] | None = None
+) -> tuple[Trigger | None, metrics.Target | None]:
+    """Trigger and target for an evaluation: both or neither; arguments as of attack.
 
     Raises:
         ValueError: only one of them.
     """
-    trigger, wanted = attack(options), target(options)
+    trigger, wanted = attack(options, settings), target(options)
     if (trigger is None) != (wanted is None):
         missing = "--attack or --trigger" if trigger is None else "--target"
         raise ValueError(f"{missing}: expected, as trigger and target go together")
@@ -253,6 +284,20 @@ def _position(text: str) -> str | tuple[int, int]:
     return (int(numbers.group(1)), int(numbers.group(2))) if numbers else text
 
 
+def _value(text: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--set: expected a plain value, got {text!r}") from error
+    if value == "None":
+        return None
+    if isinstance(value, str):
+        # YAML 1.1 takes 1e-3, without a point, for text.
+        with contextlib.suppress(ValueError):
+            return float(value)
+    return value
+
+
 def _outputs(state: dict[str, torch.Tensor]) -> int:
     # The last matrix of a classifier is its head.
     matrices = [value for value in state.values() if value.dim() == 2]
@@ -276,6 +321,7 @@ __all__ = [
     "images",
     "rates",
     "retuned_rate",
+    "settings",
     "table",
     "target",
 ]

@@ -32,6 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_model(parser, checkpoint=False)
     common.add_images(parser)
     common.add_attack(parser, required=True)
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="one of the attack's own options, for example strength=0.75; may be repeated",
+    )
     parser.add_argument("--rate", type=float, default=0.1, help="share poisoned; 0: no backdoor")
     parser.add_argument("--defender-clean", type=float, default=0.05, metavar="SHARE")
     parser.add_argument("--defender-triggered", type=float, default=0.01, metavar="SHARE")
@@ -60,7 +67,7 @@ def run(options: argparse.Namespace) -> None:
     if not options.lr > 0:
         raise ValueError(f"lr: expected a positive number, got {options.lr}")
     device = common.device(options)
-    trigger, target = common.evaluators_view(options)
+    trigger, target = common.evaluators_view(options, common.settings(options.set))
     if trigger is None or target is None:
         raise ValueError("--attack: expected, or --trigger with a picture")
     train, evaluator = _parts(options)
@@ -100,7 +107,9 @@ def run(options: argparse.Namespace) -> None:
         "rate": options.rate,
         "seed": options.seed,
         "classes": train.classes,
+        "clean_label": poisoned.clean_label,
         "poisoned_indices": rest[poisoned.indices].tolist(),
+        "cover_indices": rest[poisoned.cover_indices].tolist(),
     }
     atomic_write(directory.path / "attack.json", json.dumps(record) + "\n")
     lines: list[dict[str, Any]] = []

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch import nn
 
 from bdu.attacks.trigger import Trigger
@@ -88,7 +86,7 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError("--eval-data: expected, as a trigger is given to evaluate with")
     if options.retune_data is not None and trigger is None:
         raise ValueError("--retune-data: expected --attack or --trigger, and --target, with it")
-    settings = _settings(options.set)
+    settings = common.settings(options.set)
     clean = common.images(options.clean, options, "--clean")
     triggered = None
     if options.triggered is not None:
@@ -259,27 +257,3 @@ def _triggered(options: argparse.Namespace, clean: ImageData) -> tuple[Any, ...]
             if "y_true" in arrays.files:
                 return data.x, data.y, arrays["y_true"]
     return data.x, data.y
-
-
-def _settings(pairs: list[str]) -> dict[str, Any]:
-    settings: dict[str, Any] = {}
-    for pair in pairs:
-        name, separator, value = pair.partition("=")
-        if not separator:
-            raise ValueError(f"--set: expected NAME=VALUE, got {pair!r}")
-        settings[name.strip().replace("-", "_")] = _value(value)
-    return settings
-
-
-def _value(text: str) -> Any:
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"--set: expected a plain value, got {text!r}") from error
-    if value == "None":
-        return None
-    if isinstance(value, str):
-        # YAML 1.1 takes 1e-3, without a point, for text.
-        with contextlib.suppress(ValueError):
-            return float(value)
-    return value
