@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from bdu.attacks.adaptive_blend import AdaptiveBlend
@@ -10,8 +13,17 @@ from bdu.attacks.badnets import BadNets
 from bdu.attacks.blended import Blended
 from bdu.attacks.bpp import BPP
 from bdu.attacks.ftrojan import FTrojan
+from bdu.attacks.low_frequency import LowFrequency
 from bdu.attacks.sig import SIG
-from bdu.attacks.trigger import Poisoned, Poisoner, Trigger, load_trigger, poison
+from bdu.attacks.trigger import (
+    Poisoned,
+    Poisoner,
+    Prepared,
+    Saved,
+    Trigger,
+    load_trigger,
+    poison,
+)
 from bdu.attacks.wanet import WaNet
 
 ATTACKS: dict[str, Callable[..., Trigger]] = {
@@ -20,6 +32,7 @@ ATTACKS: dict[str, Callable[..., Trigger]] = {
     BadNets.name: BadNets,
     Blended.name: Blended,
     FTrojan.name: FTrojan,
+    LowFrequency.name: LowFrequency,
     SIG.name: SIG,
     WaNet.name: WaNet,
 }
@@ -40,6 +53,23 @@ def make_attack(name: str, **options: Any) -> Trigger:
         raise TypeError(f"{name}: {error}") from error
 
 
+def load_attack(path: str | os.PathLike[str]) -> Trigger:
+    """The trigger in an attack.json; a file that it names lies relative to that one's folder.
+
+    Raises:
+        FileNotFoundError: no file there, or not the one that it names.
+        ValueError: not an attack.json, or as make_attack.
+    """
+    path = Path(path)
+    try:
+        options = dict(json.loads(path.read_text())["trigger"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"path: expected an attack.json with a trigger, got {path}") from error
+    if options.get("file") is not None:
+        options["file"] = str(path.parent / options["file"])
+    return make_attack(**options)
+
+
 __all__ = [
     "ATTACKS",
     "BPP",
@@ -48,10 +78,14 @@ __all__ = [
     "BadNets",
     "Blended",
     "FTrojan",
+    "LowFrequency",
     "Poisoned",
     "Poisoner",
+    "Prepared",
+    "Saved",
     "Trigger",
     "WaNet",
+    "load_attack",
     "load_trigger",
     "make_attack",
     "poison",

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -21,6 +21,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
+from bdu.checkpoint import load_state_dict
 from bdu.data import as_unit_float, check_images, check_labels
 from bdu.metrics import ALL_TO_ALL, Target, target_labels
 
@@ -88,10 +89,7 @@ class Poisoner(Protocol):
 
 @runtime_checkable
 class Prepared(Protocol):
-    """A trigger that a clean model helps to make; without it, it can be neither put on nor planted.
-
-    `prepare` may be called where the trigger was loaded from a file, and then makes it anew.
-    """
+    """An attack that a clean model helps to make: before `prepare` it cannot be planted."""
 
     def prepare(
         self,
@@ -103,7 +101,7 @@ class Prepared(Protocol):
         num_classes: int,
         seed: int,
     ) -> None:
-        """Make what the attack needs.
+        """Make what the attack needs; what was loaded from a file is kept as it is.
 
         Args:
             surrogate: gives a clean classifier of such images; called only where one is needed,
@@ -122,6 +120,8 @@ class Saved(Protocol):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write them as safetensors; from then on spec()["file"] is that path.
+
+        An attack.json holds the path relative to its own folder, see load_attack.
 
         Raises:
             ValueError: nothing was made yet, or another suffix than .safetensors.
@@ -342,6 +342,42 @@ def check_number(
     return value
 
 
+def read_tensors(
+    file: str | os.PathLike[str], shapes: Mapping[str, Sequence[int | None]]
+) -> dict[str, Tensor]:
+    """What a Saved trigger wrote: float32 tensors on the CPU.
+
+    Args:
+        file: a safetensors file.
+        shapes: name of every tensor to its shape; None stands for any length.
+
+    Raises:
+        FileNotFoundError: no file there.
+        ValueError: another kind of file, other names or shapes, or values that are not finite.
+    """
+    if Path(file).suffix != ".safetensors":
+        raise ValueError(f"file: expected the suffix .safetensors, got {file}")
+    tensors = load_state_dict(file)
+    if tensors.keys() != shapes.keys():
+        expected, got = ", ".join(sorted(shapes)), ", ".join(sorted(tensors))
+        raise ValueError(f"file: expected the tensors {expected}, got {got} in {file}")
+    for name, shape in shapes.items():
+        tensor = tensors[name]
+        fits = tensor.dim() == len(shape) and all(
+            wanted in (None, length) for wanted, length in zip(shape, tensor.shape, strict=True)
+        )
+        if not fits or not tensor.is_floating_point():
+            wanted_text = ", ".join("any" if length is None else str(length) for length in shape)
+            raise ValueError(
+                f"file: expected {name} to be float ({wanted_text}), "
+                f"got {tensor.dtype} {tuple(tensor.shape)} in {file}"
+            )
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"file: expected finite values, {name} has others in {file}")
+        tensors[name] = tensor.to(torch.float32)
+    return tensors
+
+
 def load_trigger(path: str | os.PathLike[str]) -> tuple[Tensor, Tensor]:
     """Read a trigger picture.
 
@@ -495,5 +531,6 @@ __all__ = [
     "place",
     "plant",
     "poison",
+    "read_tensors",
     "triggered_like",
 ]

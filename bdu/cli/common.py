@@ -15,7 +15,7 @@ import yaml
 from torch import nn
 
 from bdu import metrics, models
-from bdu.attacks import ATTACKS, Trigger, make_attack
+from bdu.attacks import ATTACKS, Trigger, load_attack, make_attack
 from bdu.attacks.retune import retune
 from bdu.attacks.trigger import triggered_like
 from bdu.checkpoint import load_into, load_state_dict
@@ -116,7 +116,7 @@ def attack(options: argparse.Namespace, settings: dict[str, Any] | None = None) 
     if name is not None and name.endswith(".json"):
         if settings:
             raise ValueError(f"--set: expected none beside an attack.json, got {settings}")
-        return make_attack(**json.loads(Path(name).read_text())["trigger"])
+        return load_attack(name)
     given: dict[str, Any] = {}
     if options.trigger is not None:
         given["pattern"] = options.trigger

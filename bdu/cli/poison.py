@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from bdu import models
-from bdu.attacks import Trigger, poison
-from bdu.attacks.trigger import triggered_like
-from bdu.checkpoint import atomic_write, save_state_dict
+from bdu.attacks import Prepared, Saved, Trigger, load_attack, poison
+from bdu.attacks.trigger import drawn, triggered_like
+from bdu.checkpoint import atomic_write, load_into, save_state_dict
 from bdu.cli import common
 from bdu.data import ImageData, save_npz, split_indices
 from bdu.metrics import target_labels
@@ -38,6 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="NAME=VALUE",
         help="one of the attack's own options, for example strength=0.75; may be repeated",
+    )
+    parser.add_argument(
+        "--surrogate",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="clean weights of --model, for attacks that need some; by default they are trained",
     )
     parser.add_argument("--rate", type=float, default=0.1, help="share poisoned; 0: no backdoor")
     parser.add_argument("--defender-clean", type=float, default=0.05, metavar="SHARE")
@@ -80,29 +88,31 @@ def run(options: argparse.Namespace) -> None:
     wanted = target_labels(train.y, target, classes)
     triggered = triggered[train.y[triggered] != wanted[triggered]]
     attacker = train.subset(rest)
-    poisoned = poison(
-        attacker.x,
-        attacker.y,
-        trigger,
-        rate=options.rate,
-        target=target,
-        num_classes=classes,
-        seed=options.seed,
-    )
-    model = models.build(
-        options.model,
-        num_classes=classes,
-        in_channels=train.x.shape[1],
-        mean=options.mean,
-        std=options.std,
-        seed=options.seed,
-    ).to(device)
-
+    plan: dict[str, Any] = {"target": target, "num_classes": classes, "seed": options.seed}
+    model = _model(options, train, classes, options.seed).to(device)
     directory = RunDirectory(options.out)
-    directory.start({"command": "poison", **common.config(options)}, resume=options.resume)
+    config = {"command": "poison", **common.config(options)}
+    if isinstance(trigger, Prepared):
+        trigger.mask(train.x.shape)
+        is_clean_label = getattr(trigger, "clean_label", False)
+        drawn(attacker.y, rate=options.rate, clean_label=is_clean_label, **plan)
+        directory.start(config, resume=options.resume)
+        if options.resume and (directory.path / "attack.json").exists():
+            trigger = load_attack(directory.path / "attack.json")
+            assert isinstance(trigger, Prepared)
+        trigger.prepare(
+            lambda: _surrogate(options, attacker, classes, device, directory),
+            attacker.x,
+            attacker.y,
+            **plan,
+        )
+    poisoned = poison(attacker.x, attacker.y, trigger, rate=options.rate, **plan)
+    directory.start(config, resume=options.resume or isinstance(trigger, Prepared))
+    if isinstance(trigger, Saved):
+        trigger.save(directory.path / "trigger.safetensors")
     _write_parts(directory, train, evaluator, trigger, clean, triggered, retune, wanted)
     record = {
-        "trigger": trigger.spec(),
+        "trigger": _spec(trigger),
         "target": target,
         "rate": options.rate,
         "seed": options.seed,
@@ -152,6 +162,60 @@ def run(options: argparse.Namespace) -> None:
     directory.state.unlink(missing_ok=True)
     print(common.table([("planted", after)]))
     print(f"wrote {directory.path}")
+
+
+def _spec(trigger: Trigger) -> dict[str, Any]:
+    """Options that rebuild it, with the file that it names relative to the run's folder."""
+    options = trigger.spec()
+    if options.get("file") is not None:
+        options["file"] = Path(options["file"]).name
+    return options
+
+
+def _model(options: argparse.Namespace, train: ImageData, classes: int, seed: int) -> nn.Module:
+    return models.build(
+        options.model,
+        num_classes=classes,
+        in_channels=train.x.shape[1],
+        mean=options.mean,
+        std=options.std,
+        seed=seed,
+    )
+
+
+def _surrogate(
+    options: argparse.Namespace,
+    attacker: ImageData,
+    classes: int,
+    device: torch.device,
+    directory: RunDirectory,
+) -> nn.Module:
+    """A model that never saw a trigger: read, or trained as the backdoored one will be."""
+    file = options.surrogate or directory.path / "surrogate.safetensors"
+    seed = options.seed + 1  # the attacker does not have the victim's initial weights
+    model = _model(options, attacker, classes, seed)
+    if options.surrogate is not None or (options.resume and file.exists()):
+        load_into(model, file)
+        return model.to(device)
+    state = directory.path / "surrogate_state.pt"
+    model.to(device)
+    fit(
+        model,
+        attacker.x,
+        attacker.y,
+        epochs=options.epochs,
+        lr=options.lr,
+        batch_size=options.batch_size,
+        schedule=options.schedule,
+        augment=not options.no_augment,
+        seed=seed,
+        progress=not options.quiet,
+        state_file=state,
+        resume=options.resume,
+    )
+    save_state_dict(file, model.state_dict())
+    state.unlink(missing_ok=True)
+    return model
 
 
 def _parts(options: argparse.Namespace) -> tuple[ImageData, ImageData]:
