@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,45 @@ Schedule = Literal["one-cycle", "cosine", "constant"]
 SCHEDULES: tuple[Schedule, ...] = ("one-cycle", "cosine", "constant")
 WARM_UP_SHARE = 0.25
 STEPS_BETWEEN_CHECKS = 32
+
+
+class Companion(Protocol):
+    """What is trained along with a classifier, for example the maker of a trigger.
+
+    `fit` hands it every batch, adds its loss to the classifier's, and lets it step after the
+    backward pass. Its draws have to come from the generator that it is given.
+    """
+
+    def settings(self) -> dict[str, Any]:
+        """Plain values; a run with other ones cannot be resumed."""
+        ...
+
+    def batch(
+        self, images: Tensor, labels: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor | float]:
+        """The batch to train on and a loss of its own.
+
+        Args:
+            images: (N, C, H, W) float32 in [0, 1], augmented, on the classifier's device.
+            labels: (N,) int64.
+            generator: on the CPU; kept through a resume.
+
+        Returns:
+            Images (M, C, H, W), their labels (M,), and what is added to the cross-entropy.
+        """
+        ...
+
+    def step(self, factor: float) -> None:
+        """Use the gradients and clear them; factor as of learning_rate_factor."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resume needs: tensors and plain values."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put back what state_dict gave."""
+        ...
 
 
 def learning_rate_factor(schedule: Schedule, step: int, steps: int) -> float:
@@ -67,6 +106,7 @@ def fit(
     callbacks: Iterable[Callable[[dict[str, Any]], object]] = (),
     state_file: str | os.PathLike[str] | None = None,
     resume: bool = False,
+    companion: Companion | None = None,
 ) -> list[dict[str, Any]]:
     """Train `model` in place with SGD on the cross-entropy of (x, y).
 
@@ -97,6 +137,7 @@ def fit(
         resume: continue from state_file where it exists, otherwise start anew. On the CPU the
             weights are bit for bit those of a run that was never interrupted; on a GPU that
             takes deterministic kernels.
+        companion: what is trained along; see Companion.
 
     Returns:
         One line an epoch, those before a resume included: epoch (from 1), loss and accuracy
@@ -121,6 +162,8 @@ def fit(
         "channels_last": channels_last,
         "seed": seed,
     }
+    if companion is not None:
+        settings["companion"] = companion.settings()
     _check_settings(settings)
     if resume and state_file is None:
         raise ValueError("state_file: expected a path to resume from, got None")
@@ -144,6 +187,8 @@ def fit(
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         generator.set_state(state["generator"])
+        if companion is not None:
+            companion.load_state_dict(state["companion"])
         history = state["history"]
     steps = len(_batches(torch.arange(len(x)), batch_size))
     rng_devices = [device] if device.type == "cuda" else []
@@ -171,14 +216,19 @@ def fit(
                 torch.manual_seed(dropout_seed)
                 for step, indices in enumerate(_batches(order, batch_size)):
                     done = (epoch - 1) * steps + step
-                    step_lr = lr * learning_rate_factor(schedule, done, epochs * steps)
+                    factor = learning_rate_factor(schedule, done, epochs * steps)
+                    step_lr = lr * factor
                     for group in optimizer.param_groups:
                         group["lr"] = step_lr
                     indices = indices.to(device)
                     images, labels = x[indices], y[indices]
                     if augment:
                         images = augmented(images, generator)
-                    images = as_unit_float(images).contiguous(memory_format=memory_format)
+                    images = as_unit_float(images)
+                    extra: Tensor | float = 0.0
+                    if companion is not None:
+                        images, labels, extra = companion.batch(images, labels, generator)
+                    images = images.contiguous(memory_format=memory_format)
                     with torch.autocast(
                         device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None
                     ):
@@ -186,9 +236,13 @@ def fit(
                     loss = functional.cross_entropy(
                         logits.float(), labels, label_smoothing=label_smoothing
                     )
+                    if companion is not None:
+                        loss = loss + extra
                     optimizer.zero_grad(set_to_none=True)
                     loss.backward()
                     optimizer.step()
+                    if companion is not None:
+                        companion.step(factor)
                     correct += (logits.detach().argmax(1) == labels).sum()
                     pending.append((len(indices), loss.detach()))
                     # reading a loss waits for the device, so it is done for many steps at once
@@ -214,6 +268,7 @@ def fit(
                         "optimizer": optimizer.state_dict(),
                         "generator": generator.get_state(),
                         "history": history,
+                        "companion": None if companion is None else companion.state_dict(),
                     },
                 )
             for callback in callbacks:
