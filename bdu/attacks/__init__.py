@@ -13,9 +13,12 @@ from bdu.attacks.badnets import BadNets
 from bdu.attacks.blended import Blended
 from bdu.attacks.bpp import BPP
 from bdu.attacks.ftrojan import FTrojan
+from bdu.attacks.input_aware import InputAware
+from bdu.attacks.label_consistent import LabelConsistent
 from bdu.attacks.low_frequency import LowFrequency
 from bdu.attacks.sig import SIG
 from bdu.attacks.trigger import (
+    JointlyTrained,
     Poisoned,
     Poisoner,
     Prepared,
@@ -24,6 +27,7 @@ from bdu.attacks.trigger import (
     load_trigger,
     poison,
 )
+from bdu.attacks.trojannn import TrojanNN
 from bdu.attacks.wanet import WaNet
 
 ATTACKS: dict[str, Callable[..., Trigger]] = {
@@ -32,8 +36,11 @@ ATTACKS: dict[str, Callable[..., Trigger]] = {
     BadNets.name: BadNets,
     Blended.name: Blended,
     FTrojan.name: FTrojan,
+    InputAware.name: InputAware,
+    LabelConsistent.name: LabelConsistent,
     LowFrequency.name: LowFrequency,
     SIG.name: SIG,
+    TrojanNN.name: TrojanNN,
     WaNet.name: WaNet,
 }
 
@@ -78,12 +85,16 @@ __all__ = [
     "BadNets",
     "Blended",
     "FTrojan",
+    "InputAware",
+    "JointlyTrained",
+    "LabelConsistent",
     "LowFrequency",
     "Poisoned",
     "Poisoner",
     "Prepared",
     "Saved",
     "Trigger",
+    "TrojanNN",
     "WaNet",
     "load_attack",
     "load_trigger",

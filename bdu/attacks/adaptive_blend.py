@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bdu.attacks.blended import Blended
-from bdu.attacks.trigger import PatternSource, Poisoned, Target, check_number, plant
+from bdu.attacks.trigger import PatternSource, Poisoned, Target, check_number, own_generator, plant
 
 
 class AdaptiveBlend(Blended):
@@ -76,7 +76,7 @@ class AdaptiveBlend(Blended):
         self, x: Tensor, y: Tensor, *, rate: float, target: Target, num_classes: int, seed: int
     ) -> Poisoned:
         """Pieces on triggered images and on cover images, which keep their label; see poison."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = own_generator(seed)
 
         def change(images: Tensor) -> Tensor:
             return self.in_pieces(images, generator)

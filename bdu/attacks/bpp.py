@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bdu.attacks.trigger import Poisoned, Target, check_batch, check_number, plant
+from bdu.attacks.trigger import Poisoned, Target, check_batch, check_number, own_generator, plant
 from bdu.data import as_unit_float
 
 # Floyd and Steinberg's shares of an error, by the pixel that takes it: right, below left, below,
@@ -39,7 +39,7 @@ class BPP:
 
     name = "bpp"
 
-    def __init__(self, *, levels: int = 8, dither: bool = True, cover_ratio: float = 2.0) -> None:
+    def __init__(self, *, levels: int = 8, dither: bool = True, cover_ratio: float = 1.0) -> None:
         self.levels = check_number(levels, "levels", least=2, whole=True)
         if not isinstance(dither, bool):
             raise ValueError(f"dither: expected true or false, got {dither!r}")
@@ -65,7 +65,7 @@ class BPP:
         self, x: Tensor, y: Tensor, *, rate: float, target: Target, num_classes: int, seed: int
     ) -> Poisoned:
         """Triggered images, and cover images that keep their label; see the function poison."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = own_generator(seed)
 
         def with_others_residual(images: Tensor) -> Tensor:
             others = torch.randint(len(x), (len(images),), generator=generator)

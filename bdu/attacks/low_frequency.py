@@ -11,9 +11,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bdu.attacks.ftrojan import dct_basis
-from bdu.attacks.trigger import Target, add_pattern, check_batch, check_number, read_tensors
+from bdu.attacks.trigger import (
+    Target,
+    add_pattern,
+    check_batch,
+    check_number,
+    own_generator,
+    read_tensors,
+)
 from bdu.checkpoint import save_state_dict
-from bdu.data import as_unit_float
+from bdu.data import as_unit_float, check_images
 from bdu.metrics import target_labels
 from bdu.models import device_of, modes_kept
 
@@ -80,7 +87,8 @@ class LowFrequency:
         """Find the coefficients; see Prepared."""
         if self.coefficients is not None:
             return
-        generator = torch.Generator().manual_seed(seed)
+        x = check_images(x)
+        generator = own_generator(seed)
         size = (x.shape[1], self.frequencies, self.frequencies)
         start = torch.randn(size, generator=generator)
         self._pattern(start, x.shape)  # images that are too small are refused before any work

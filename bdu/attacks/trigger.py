@@ -4,7 +4,8 @@ An attack is one file with one class. A trigger that depends on the image, or th
 follows the same protocol: `__call__` may compute anything from x, `mask` is then all true, and
 `spec` names the file that holds what was trained. What an attack needs beyond that, it says by
 further small protocols: a `Poisoner` plants itself (clean labels, cover images), one that is
-`Prepared` is made with the help of a clean model, a `Saved` one keeps tensors in a file.
+`Prepared` is made with the help of a clean model, a `JointlyTrained` one along with the classifier,
+a `Saved` one keeps tensors in a file.
 """
 
 from __future__ import annotations
@@ -115,6 +116,34 @@ class Prepared(Protocol):
 
 
 @runtime_checkable
+class JointlyTrained(Protocol):
+    """A trigger that is trained along with the classifier that it is planted in."""
+
+    def fit(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        *,
+        rate: float,
+        target: Target,
+        num_classes: int,
+        seed: int,
+        **options: Any,
+    ) -> list[dict[str, Any]]:
+        """Train both, in place of poison and bdu.training.fit; what was loaded is kept.
+
+        Args:
+            model, x, y, seed, options: as of bdu.training.fit; x and y are clean.
+            rate, target, num_classes: as of poison; the rate holds in every batch.
+
+        Returns:
+            As bdu.training.fit.
+        """
+        ...
+
+
+@runtime_checkable
 class Saved(Protocol):
     """A trigger with tensors too many for its spec."""
 
@@ -194,9 +223,7 @@ def plant(
     Raises:
         ValueError: as drawn, or more cover samples than samples are left.
     """
-    generator = seed
-    if not isinstance(generator, torch.Generator):
-        generator = torch.Generator().manual_seed(generator)
+    generator = seed if isinstance(seed, torch.Generator) else own_generator(seed)
     indices = drawn(
         y,
         rate=rate,
@@ -217,6 +244,16 @@ def plant(
     wanted = target_labels(y, target, num_classes)
     poisoned_y[indices.to(y.device)] = wanted[indices.to(y.device)]
     return Poisoned(poisoned_x, poisoned_y, y.clone(), indices, covers, clean_label)
+
+
+def own_generator(seed: int) -> torch.Generator:
+    """The attacker's generator of a seed.
+
+    Not that which torch makes of the seed: `fit` shuffles with it, and where both permute all
+    samples the drawn ones would be the first batches of its first epoch.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return generator.manual_seed(int(torch.randint(2**62, (), generator=generator)))
 
 
 def drawn(
@@ -263,9 +300,7 @@ def drawn(
             f"rate: expected at most {len(candidates) / len(y):.4g} (samples whose class {which}), "
             f"got {rate}"
         )
-    generator = seed
-    if not isinstance(generator, torch.Generator):
-        generator = torch.Generator().manual_seed(generator)
+    generator = seed if isinstance(seed, torch.Generator) else own_generator(seed)
     return candidates[torch.randperm(len(candidates), generator=generator)[:count]].sort().values
 
 
@@ -512,6 +547,7 @@ def check_position(position: Position, margin: int) -> Position:
 __all__ = [
     "ALL_TO_ALL",
     "NAMED_POSITIONS",
+    "JointlyTrained",
     "Poisoned",
     "Poisoner",
     "Position",
@@ -528,6 +564,7 @@ __all__ = [
     "check_position",
     "drawn",
     "load_trigger",
+    "own_generator",
     "place",
     "plant",
     "poison",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bdu.attacks.trigger import Poisoned, Target, check_batch, check_number, plant
+from bdu.attacks.trigger import Poisoned, Target, check_batch, check_number, own_generator, plant
 
 
 class WaNet:
@@ -79,7 +79,7 @@ class WaNet:
         self, x: Tensor, y: Tensor, *, rate: float, target: Target, num_classes: int, seed: int
     ) -> Poisoned:
         """Triggered images, and cover images that keep their label; see the function poison."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = own_generator(seed)
         places = self.places(x.shape)
 
         def with_noise(images: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from bdu import models
-from bdu.attacks import Prepared, Saved, Trigger, load_attack, poison
+from bdu.attacks import JointlyTrained, Poisoned, Prepared, Saved, Trigger, load_attack, poison
 from bdu.attacks.trigger import drawn, triggered_like
 from bdu.checkpoint import atomic_write, load_into, save_state_dict
 from bdu.cli import common
@@ -92,10 +92,13 @@ def run(options: argparse.Namespace) -> None:
     model = _model(options, train, classes, options.seed).to(device)
     directory = RunDirectory(options.out)
     config = {"command": "poison", **common.config(options)}
-    if isinstance(trigger, Prepared):
+    poisoned: Poisoned | None = None
+    if isinstance(trigger, (JointlyTrained, Prepared)):
+        # What can be refused is refused before hours of training.
         trigger.mask(train.x.shape)
         is_clean_label = getattr(trigger, "clean_label", False)
         drawn(attacker.y, rate=options.rate, clean_label=is_clean_label, **plan)
+    if isinstance(trigger, Prepared):
         directory.start(config, resume=options.resume)
         if options.resume and (directory.path / "attack.json").exists():
             trigger = load_attack(directory.path / "attack.json")
@@ -106,22 +109,28 @@ def run(options: argparse.Namespace) -> None:
             attacker.y,
             **plan,
         )
-    poisoned = poison(attacker.x, attacker.y, trigger, rate=options.rate, **plan)
+    if not isinstance(trigger, JointlyTrained):
+        poisoned = poison(attacker.x, attacker.y, trigger, rate=options.rate, **plan)
     directory.start(config, resume=options.resume or isinstance(trigger, Prepared))
-    if isinstance(trigger, Saved):
-        trigger.save(directory.path / "trigger.safetensors")
-    _write_parts(directory, train, evaluator, trigger, clean, triggered, retune, wanted)
-    record = {
-        "trigger": _spec(trigger),
-        "target": target,
-        "rate": options.rate,
-        "seed": options.seed,
-        "classes": train.classes,
-        "clean_label": poisoned.clean_label,
-        "poisoned_indices": rest[poisoned.indices].tolist(),
-        "cover_indices": rest[poisoned.cover_indices].tolist(),
-    }
-    atomic_write(directory.path / "attack.json", json.dumps(record) + "\n")
+    _write_part(directory, "defender_clean", train.subset(clean))
+    _write_part(directory, "retune", train.subset(retune))
+    _write_part(directory, "evaluator", evaluator)
+
+    def write_attack() -> None:
+        if isinstance(trigger, Saved):
+            trigger.save(directory.path / "trigger.safetensors")
+        images = ImageData(triggered_like(train.x[triggered], trigger), wanted[triggered])
+        _write_part(directory, "defender_triggered", images, y_true=train.y[triggered])
+        record = {
+            "trigger": _spec(trigger),
+            "target": target,
+            "rate": options.rate,
+            "seed": options.seed,
+            "classes": train.classes,
+            **_changes(poisoned, rest),
+        }
+        atomic_write(directory.path / "attack.json", json.dumps(record) + "\n")
+
     lines: list[dict[str, Any]] = []
 
     def keep(line: dict[str, Any]) -> None:
@@ -130,21 +139,18 @@ def run(options: argparse.Namespace) -> None:
 
     if options.resume:
         lines = directory.read_lines()
-    history = fit(
-        model,
-        poisoned.x,
-        poisoned.y,
-        epochs=options.epochs,
-        lr=options.lr,
-        batch_size=options.batch_size,
-        schedule=options.schedule,
-        augment=not options.no_augment,
-        seed=options.seed,
-        progress=not options.quiet,
-        callbacks=[keep],
-        state_file=directory.state,
-        resume=options.resume,
-    )
+    training = {
+        **_training(options),
+        "callbacks": [keep],
+        "state_file": directory.state,
+    }
+    if isinstance(trigger, JointlyTrained):
+        history = trigger.fit(model, attacker.x, attacker.y, rate=options.rate, **plan, **training)
+        write_attack()
+    else:
+        assert poisoned is not None
+        write_attack()
+        history = fit(model, poisoned.x, poisoned.y, seed=options.seed, **training)
     directory.write_lines(history)
     save_state_dict(directory.model, model.state_dict())
     after = common.rates(model, evaluator, trigger, target)
@@ -170,6 +176,29 @@ def _spec(trigger: Trigger) -> dict[str, Any]:
     if options.get("file") is not None:
         options["file"] = Path(options["file"]).name
     return options
+
+
+def _changes(poisoned: Poisoned | None, rest: torch.Tensor) -> dict[str, Any]:
+    """Which samples of the training part were changed; None where every batch has its own."""
+    if poisoned is None:
+        return {"clean_label": False, "poisoned_indices": None, "cover_indices": None}
+    return {
+        "clean_label": poisoned.clean_label,
+        "poisoned_indices": rest[poisoned.indices].tolist(),
+        "cover_indices": rest[poisoned.cover_indices].tolist(),
+    }
+
+
+def _training(options: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "epochs": options.epochs,
+        "lr": options.lr,
+        "batch_size": options.batch_size,
+        "schedule": options.schedule,
+        "augment": not options.no_augment,
+        "progress": not options.quiet,
+        "resume": options.resume,
+    }
 
 
 def _model(options: argparse.Namespace, train: ImageData, classes: int, seed: int) -> nn.Module:
@@ -199,20 +228,7 @@ def _surrogate(
         return model.to(device)
     state = directory.path / "surrogate_state.pt"
     model.to(device)
-    fit(
-        model,
-        attacker.x,
-        attacker.y,
-        epochs=options.epochs,
-        lr=options.lr,
-        batch_size=options.batch_size,
-        schedule=options.schedule,
-        augment=not options.no_augment,
-        seed=seed,
-        progress=not options.quiet,
-        state_file=state,
-        resume=options.resume,
-    )
+    fit(model, attacker.x, attacker.y, seed=seed, state_file=state, **_training(options))
     save_state_dict(file, model.state_dict())
     state.unlink(missing_ok=True)
     return model
@@ -227,28 +243,7 @@ def _parts(options: argparse.Namespace) -> tuple[ImageData, ImageData]:
     return train.subset(rest), train.subset(held_out)
 
 
-def _write_parts(
-    directory: RunDirectory,
-    train: ImageData,
-    evaluator: ImageData,
-    trigger: Trigger,
-    clean: torch.Tensor,
-    triggered: torch.Tensor,
-    retune: torch.Tensor,
-    wanted: torch.Tensor,
-) -> None:
-    parts = {
-        "defender_clean": (train.x[clean], train.y[clean], None),
-        "defender_triggered": (
-            triggered_like(train.x[triggered], trigger),
-            wanted[triggered],
-            train.y[triggered],
-        ),
-        "retune": (train.x[retune], train.y[retune], None),
-        "evaluator": (evaluator.x, evaluator.y, None),
-    }
-    for name, (x, y, y_true) in parts.items():
-        arrays = {"x": x.permute(0, 2, 3, 1) if x.dtype == torch.uint8 else x, "y": y}
-        if y_true is not None:
-            arrays["y_true"] = y_true
-        save_npz(directory.path / f"{name}.npz", **{k: v.numpy() for k, v in arrays.items()})
+def _write_part(directory: RunDirectory, name: str, data: ImageData, **more: torch.Tensor) -> None:
+    x = data.x.permute(0, 2, 3, 1) if data.x.dtype == torch.uint8 else data.x
+    arrays = {"x": x, "y": data.y, **more}
+    save_npz(directory.path / f"{name}.npz", **arrays)
