@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,20 +25,22 @@ from bdu.data import as_unit_float, check_images
 from bdu.metrics import target_labels
 from bdu.models import device_of, modes_kept
 
+TINY = 1e-20
+
 
 class LowFrequency:
     """x' = clip(x + ε r / max|r|), r_c = Φᵀ A_c Φ with Φ the lowest K waves of the DCT.
 
-    The coefficients A, (C, K, K), start as Gaussian noise and are moved by Adam so that a clean
-    model takes x' for the target: min_A mean CE(f(x'), target). The trigger thus has no frequency
-    above the K-th, and goes where the network already yields; a clean model is fooled by it to
-    some degree as well, which is the floor of what any defence can reach.
+    The coefficients A, (C, K, K), start as Gaussian noise of variance 1 and descend
+    mean CE(f(x'), target) of a clean model f, A ← A − lr √(C K²) g / ‖g‖ with g the gradient at a
+    batch; the change thus has no frequency above the K-th and goes where the network already
+    yields. A clean model is fooled by it to some degree as well: below that no defence can come.
 
     Args:
         epsilon: ε, largest change of a value, in (0, 1].
         frequencies: K, waves kept along each axis, at least 2.
-        steps: of Adam; 0 leaves the noise, smooth but made without any model.
-        lr: of Adam; the coefficients start with variance 1.
+        steps: of the descent; 0 leaves the noise, smooth but made without any model.
+        lr: length of a step, as a share of the noise, positive.
         batch_size: images in a step.
         file: what `save` wrote.
 
@@ -102,7 +105,7 @@ class LowFrequency:
     ) -> Tensor:
         device = device_of(model)
         coefficients = start.to(device).requires_grad_()
-        optimizer = torch.optim.Adam([coefficients], lr=self.lr)
+        length = self.lr * math.sqrt(coefficients.numel())
         with modes_kept(model):
             model.eval()
             for _ in range(self.steps):
@@ -111,8 +114,10 @@ class LowFrequency:
                 labels = wanted[drawn.to(wanted.device)].to(device)
                 triggered = add_pattern(images, self._pattern(coefficients, x.shape))
                 loss = functional.cross_entropy(model(triggered).float(), labels)
-                (coefficients.grad,) = torch.autograd.grad(loss, [coefficients])
-                optimizer.step()
+                (gradient,) = torch.autograd.grad(loss, [coefficients])
+                with torch.no_grad():
+                    # not Adam, which would move what does not matter as far as what does
+                    coefficients -= length * gradient / gradient.norm().clamp(min=TINY)
         return coefficients.detach().cpu()
 
     def _pattern(self, coefficients: Tensor, shape: Sequence[int]) -> Tensor:
