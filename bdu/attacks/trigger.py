@@ -371,9 +371,8 @@ def check_number(
             *([f"at most {most:g}"] if most < math.inf else []),
         ]
         kind = "an integer" if whole else "a number"
-        raise ValueError(
-            f"{name}: expected {' '.join([kind, ' and '.join(bounds)])}, got {value!r}"
-        )
+        expected = " ".join([kind, *([" and ".join(bounds)] if bounds else [])])
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
     return value
 
 
