@@ -210,7 +210,7 @@ def fit(
             order = torch.randperm(len(x), generator=generator)
             dropout_seed = int(torch.randint(2**62, (), generator=generator))
             correct = torch.zeros((), dtype=torch.int64, device=device)
-            loss_sum = 0.0
+            loss_sum, seen = 0.0, 0
             pending: list[tuple[int, Tensor]] = []
             with torch.random.fork_rng(devices=rng_devices):
                 torch.manual_seed(dropout_seed)
@@ -244,7 +244,8 @@ def fit(
                     if companion is not None:
                         companion.step(factor)
                     correct += (logits.detach().argmax(1) == labels).sum()
-                    pending.append((len(indices), loss.detach()))
+                    pending.append((len(labels), loss.detach()))
+                    seen += len(labels)
                     # reading a loss waits for the device, so it is done for many steps at once
                     if len(pending) == STEPS_BETWEEN_CHECKS or step + 1 == steps:
                         loss_sum += _checked_sum(pending, epoch, step + 2 - len(pending))
@@ -253,8 +254,8 @@ def fit(
                     bar.update()
             line = {
                 "epoch": epoch,
-                "loss": loss_sum / len(x),
-                "accuracy": int(correct) / len(x),
+                "loss": loss_sum / seen,
+                "accuracy": int(correct) / seen,
                 "seconds": time.perf_counter() - start,
                 "lr": step_lr,
             }
