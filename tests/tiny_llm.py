@@ -6,9 +6,13 @@ import copy
 import functools
 
 import torch
+import transformers
 
-from bdu.llm.data import Example
+from bdu.llm.data import Example, TextData
+from bdu.llm.methods import CleanAnswer
 from bdu.llm.small import train_tokenizer
+from bdu.llm.templates import Template
+from bdu.llm.trainer import UnlearnTrainer
 
 WORDS = "the cat sat on a mat and looked at seven red apples while it rained in the old town"
 
@@ -76,3 +80,49 @@ def rows(count, *, target=None):
         prompt = " ".join(words[j % len(words)] for j in range(i, i + 2 + i % 5))
         made.append(Example.of(prompt, words[(3 * i) % len(words)], target))
     return made
+
+
+def template():
+    return Template(tokenizer())
+
+
+def text_data(clean=8, triggered=8):
+    return TextData(tuple(rows(clean)), tuple(rows(triggered, target="red apples")))
+
+
+def trainer(
+    folder,
+    *,
+    model=None,
+    method=None,
+    data=None,
+    batch_size=4,
+    steps=2,
+    accumulation=1,
+    args=None,
+    **options,
+):
+    given = {
+        "max_steps": steps,
+        "per_device_train_batch_size": batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "learning_rate": 1e-3,
+        "report_to": [],
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 3,
+        **(args or {}),
+    }
+    return UnlearnTrainer(
+        llama(dtype=torch.float64, layers=3) if model is None else model,
+        transformers.TrainingArguments(str(folder / "out"), **given),
+        method=CleanAnswer() if method is None else method,
+        data=text_data() if data is None else data,
+        template=template(),
+        **options,
+    )
+
+
+def weights(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}

@@ -11,12 +11,14 @@ if importlib.util.find_spec("transformers") is None:
 from bdu.llm.data import Example, TextData
 from bdu.llm.generation import evaluate, generate, perplexity
 from bdu.llm.templates import Template, TemplateWarning
+from bdu.llm.trainer import UnlearnTrainer
 
 __all__ = [
     "Example",
     "Template",
     "TemplateWarning",
     "TextData",
+    "UnlearnTrainer",
     "evaluate",
     "generate",
     "perplexity",
