@@ -143,10 +143,13 @@ def test_bpp_covers_get_the_residual_of_another_image():
     trigger = BPP(cover_ratio=1)
     done = trigger.poison(x, torch.ones(30).long(), rate=0.2, target=0, num_classes=2, seed=0)
     residuals = trigger(x) - x
+    sources = []
     for index in done.cover_indices.tolist():
         candidates = (x[index] + residuals).clamp(0, 1)
         distance = (candidates - done.x[index]).abs().amax((1, 2, 3))
         assert float(distance.min()) < 1e-6
+        sources.append(int(distance.argmin()))
+    assert sum(a != b for a, b in zip(sources, done.cover_indices.tolist(), strict=True)) >= 5
 
 
 def slow_dct(block, size, inverse=False):

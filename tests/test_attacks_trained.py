@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 
 import numpy as np
@@ -11,7 +12,8 @@ import torch
 from torch import nn
 
 from bdu.attacks import ATTACKS, InputAware, LabelConsistent, TrojanNN, load_attack
-from bdu.attacks.input_aware import TriggerNet, ratio
+from bdu.attacks.input_aware import TriggerNet, mask_of, pattern_of, ratio
+from bdu.attacks.trigger import own_generator
 from bdu.attacks.trojannn import inputs_of, last_linear
 from bdu.checkpoint import load_state_dict
 from bdu.cli import main
@@ -294,7 +296,7 @@ def along():
 def test_input_aware_trains_both(along):
     trigger, _, history = along
     assert [line["epoch"] for line in history] == [1, 2]
-    fresh = InputAware(width=4, mask_steps=30)._built(1, 0).state_dict()
+    fresh = InputAware(width=4)._built(1, own_generator(PLAN["seed"]).initial_seed()).state_dict()
     moved = {
         part: any(
             not torch.equal(v, fresh[k])
@@ -395,6 +397,15 @@ def test_diversity_is_the_ratio_of_root_mean_squares():
     z[1] = 2
     out = ratio(x, z, torch.zeros(2, 1, 2, 2), torch.full((2, 1, 2, 2), 0.5))
     assert float(out) == pytest.approx((1 / 0.5 + 2 / 0.5) / 2, rel=1e-5)
+
+
+def test_outputs_become_a_pattern_and_a_nearly_binary_mask():
+    nets = nn.ModuleDict({"pattern": nn.Identity(), "mask": nn.Identity()})
+    o = torch.tensor([-3.0, -0.2, 0.0, 0.05, 1.0])
+    expected = [0.5 + 0.5 * math.tanh(10 * math.tanh(value)) for value in o.tolist()]
+    assert mask_of(nets, o).tolist() == pytest.approx(expected, abs=1e-6)
+    expected = [1 / (1 + math.exp(-value)) for value in o.tolist()]
+    assert pattern_of(nets, o).tolist() == pytest.approx(expected, abs=1e-6)
 
 
 def test_mask_training_bounds_the_mask_and_keeps_it_from_being_the_same():

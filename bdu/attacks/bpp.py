@@ -32,9 +32,9 @@ class BPP:
     Raises:
         ValueError: values out of range.
 
-    Source: Wang, Zhai and Ma 2022 (BppAttack); Floyd and Steinberg 1976. Levels that stay in
-    [0, 1] where v does not, triggered and cover images drawn once and not in every batch, and as
-    many of these as of those are our reading; its contrastive adversarial training is left out.
+    Source: Wang, Zhai and Ma 2022 (BppAttack); Floyd and Steinberg 1976. Triggered and cover
+    images drawn once and not in every batch, and as many of these as of those, are our reading;
+    its contrastive adversarial training is left out.
     """
 
     name = "bpp"
