@@ -1142,7 +1142,7 @@ def prepared(
             continue
         row["settings"] = arm.settings | ({"model": PLAIN} if arm.form == PLAIN else {})
         row["calibrated_ms"] = 1e3 * seconds
-        row["rounds"] = 1 if unit and seconds > patience else options.rounds
+        row["rounds"] = 1 if name != UNIT and seconds > patience else options.rounds
         made[name] = arm
         del arm, check
         gc.collect()
