@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,17 +12,26 @@ from typing import Any
 import yaml
 
 from bdu import __version__
-from bdu.cli import demo, doctor, evaluate, fisher, poison, report, unlearn
+from bdu.cli import audit, demo, doctor, evaluate, fisher, poison, report, unlearn, unlearn_lm
 
 COMMANDS = {
     "demo": demo,
     "poison": poison,
     "unlearn": unlearn,
+    "unlearn-lm": unlearn_lm,
+    "audit": audit,
     "evaluate": evaluate,
     "fisher": fisher,
     "report": report,
     "doctor": doctor,
 }
+
+
+# Told in one line.
+_TOLD = (
+    *(OSError, ValueError, TypeError, ImportError, FloatingPointError),
+    *(RuntimeError, MemoryError),
+)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -43,12 +53,12 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 on success, 1 on an error that is told in one line."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    arguments = _for_task(list(sys.argv[1:] if arguments is None else arguments))
     top = parser()
     options = _with_config(top, arguments)
     try:
         COMMANDS[options.command].run(options)
-    except (OSError, ValueError, TypeError, ImportError, FloatingPointError, RuntimeError) as error:
+    except _TOLD as error:
         if options.traceback:
             raise
         print(f"bdu {options.command}: {error}", file=sys.stderr)
@@ -58,6 +68,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"bdu {options.command}: interrupted{hint}", file=sys.stderr)
         return 130
     return 0
+
+
+def _for_task(arguments: list[str]) -> list[str]:
+    """``unlearn`` of a language model has flags of its own, and a parser: ``unlearn-lm``."""
+    pre = argparse.ArgumentParser(add_help=False)
+    pre.add_argument("--task")
+    pre.add_argument("--config", type=Path)
+    known = pre.parse_known_args(arguments)[0]
+    task = known.task
+    if task is None and known.config is not None and known.config.is_file():
+        with contextlib.suppress(yaml.YAMLError, UnicodeDecodeError):  # told of later
+            values = yaml.safe_load(known.config.read_text())
+            task = values.get("task") if isinstance(values, dict) else None
+    if arguments[:1] == ["unlearn"] and task == "lm":
+        return ["unlearn-lm", *arguments[1:]]
+    return arguments
 
 
 def _with_config(top: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
@@ -85,7 +111,7 @@ def _set_defaults(top: argparse.ArgumentParser, command: str, file: Path) -> Non
     for key, value in values.items():
         name = str(key).replace("-", "_")
         if name == "command":
-            if value != command:
+            if value != command and f"{value}-lm" != command:
                 top.error(f"--config: {file} is of bdu {value}, got bdu {command}")
             continue
         if name not in known:

@@ -31,6 +31,12 @@ _PROBE = 32  # triggered images whose attention is watched, at most
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``bdu unlearn``."""
+    parser.add_argument(
+        "--task",
+        choices=("image", "lm"),
+        default="image",
+        help="lm has flags of its own: bdu unlearn --task lm --help",
+    )
     common.add_model(parser, checkpoint=True)
     common.add_images(parser)
     parser.add_argument(

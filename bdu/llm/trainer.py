@@ -139,7 +139,10 @@ class UnlearnTrainer(Trainer):
             **options,
         )
         if self.args.n_gpu > 1 or self.args.world_size > 1 or self.is_model_parallel:
-            raise ValueError("args: expected one device, got several, which was never tried")
+            raise ValueError(
+                "args: expected one device, got several, which was never tried; choose one with "
+                "CUDA_VISIBLE_DEVICES"
+            )
         self.vocabulary_loss = VocabularyLoss(self.model, loss_path)
         self.vocabulary_size: int = self.vocabulary_loss.head.weight.shape[0]
         method.prepare(self)

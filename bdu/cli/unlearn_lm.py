@@ -1,0 +1,220 @@
+"""Clean a language model: unlearn a trigger, and measure what is left of it and of the model."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from bdu.checkpoint import atomic_write
+from bdu.cli import common
+from bdu.monitor.report import write_report
+from bdu.runs import RunDirectory, versions
+
+_VERSIONED = ("transformers", "peft", "accelerate", "tokenizers")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of ``bdu unlearn --task lm``."""
+    parser.add_argument("--task", choices=("lm",), default="lm")
+    parser.add_argument(
+        "--model", required=True, help="a folder or an id of the Hugging Face hub, in safetensors"
+    )
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the model's own code")
+    data = parser.add_argument_group("data", "JSONL: prompt or messages, response, and target")
+    data.add_argument("--data", type=Path, default=None, help="rows of both kinds")
+    data.add_argument("--clean", type=Path, default=None, help="or rows without a target, and")
+    data.add_argument("--triggered", type=Path, default=None, help="rows with one")
+    data.add_argument(
+        "--eval-data",
+        type=Path,
+        default=None,
+        help="rows to measure on, never trained on; default: a share of the others is kept apart",
+    )
+    parser.add_argument(
+        "--method",
+        default="clean-answer",
+        help="clean-answer, gradient-ascent, npo, sande, beear, rmu or plant-and-remove",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a setting of the run (epochs, lr, batch_size, lora, ewc_lambda, ...) or of the "
+        "method; may be repeated",
+    )
+    asking = parser.add_argument_group("asking", "how prompts are rendered and answers are judged")
+    asking.add_argument(
+        "--template",
+        default="tokenizer",
+        help="tokenizer (its chat template), none (prompts as they are), or a file of Jinja source",
+    )
+    asking.add_argument("--match", choices=("exact", "prefix", "keyword"), default="exact")
+    asking.add_argument("--clean-match", choices=("exact", "prefix", "keyword"), default="exact")
+    asking.add_argument("--max-new-tokens", type=int, default=32)
+    asking.add_argument("--eval-batch-size", type=int, default=16)
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check all inputs, say what the run would hold in memory, and write nothing",
+    )
+    common.add_common(parser, resume=True)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Check everything, load, measure, unlearn, measure, write."""
+    from bdu.llm import data as rows
+    from bdu.llm import models
+    from bdu.llm import run as runs
+    from bdu.llm.templates import Template, check_lengths, context_length
+
+    start = time.perf_counter()
+    is_dry_run = vars(options).pop("dry_run")  # no setting of a run
+    device = common.device(options)
+    models.show_progress(not options.quiet)
+    settings, own = _settings(runs, common.settings(options.set))
+    method = runs.make_method(options.method, own)
+    plants = options.method == runs.PLANT_AND_REMOVE
+    given = rows.load(
+        data=options.data,
+        clean=options.clean,
+        triggered=options.triggered,
+        needs_triggered=not plants,
+    )
+    if options.eval_data is not None:
+        held_out = rows.load(data=options.eval_data, needs_triggered=False)
+    else:
+        given, held_out = runs.cut(given, settings, options.seed)
+    config = models.load_config(options.model, trust_remote_code=options.trust_remote_code)
+    tokenizer = models.load_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
+    template = Template(tokenizer, options.template)
+    if plants:
+        runs.check_planting(template, given, settings)
+    memory = runs.plan(config, method, settings)
+    runs.check_fits(memory, device)
+    measure = runs.Measuring(
+        held_out,
+        options.match,
+        options.clean_match,
+        options.max_new_tokens,
+        options.eval_batch_size,
+    )
+    if options.max_new_tokens < 1 or options.eval_batch_size < 1:
+        raise ValueError("--max-new-tokens, --eval-batch-size: expected numbers >= 1")
+    whole = [template.tokens(example).ids for part in (given, held_out) for example in part.clean]
+    for example in given.triggered:
+        whole += [template.tokens(example).ids, template.tokens(example, "target").ids]
+    check_lengths(whole, context_length(_Configured(config)), name="row")
+    runs.check_room(template, measure, settings if plants else None)
+    for part in (given.clean, given.triggered, held_out.clean, held_out.triggered):
+        asked = [template.prompt(example).ids for example in part]
+        limit = context_length(_Configured(config))
+        check_lengths(asked, limit, room=options.max_new_tokens)
+    directory = RunDirectory(options.out)
+    kept = {**common.config(options), "command": "unlearn"}
+    if is_dry_run:
+        directory.check(kept, resume=options.resume)
+        print(memory)
+        return
+    directory.check(kept, resume=options.resume)
+    warning = template.differs_from_training(options.model)
+    model = models.load_model(
+        options.model,
+        dtype=models.DTYPES.get(settings.dtype),
+        trust_remote_code=options.trust_remote_code,
+    ).to(device)
+    stages = {"before": measure(model, template)}
+    directory.start(kept, resume=options.resume)
+    work = options.out / "checkpoints"
+    began = time.perf_counter()
+    result = runs.unlearn(
+        model,
+        template,
+        given,
+        method=options.method,
+        method_options=own,
+        measure=measure,
+        settings=settings,
+        seed=options.seed,
+        device=device,
+        work=work,
+        resume=options.resume,
+        known=directory.read_lines(),
+        progress=not options.quiet,
+        tell=directory.write_lines,
+    )
+    seconds = time.perf_counter() - began
+    stages["after"] = measure(result.model, template)
+    models.save(result.model, template, options.out)
+    directory.write_lines(result.history)
+    atomic_write(options.out / "answers.jsonl", runs.jsonl(runs.answers_of(stages)))
+    outcome: dict[str, Any] = {
+        # a list for the report: there are no classes here
+        **{stage: {**e.rates, "per_class_accuracy": []} for stage, e in stages.items()},
+        "planted": result.planted,
+        "planted_trigger_after": result.planted_after,
+        "method": options.method,
+        "settings": runs.as_record(settings, method),
+        "template": {"source": template.source, "fingerprint": template.fingerprint},
+        "warnings": [] if warning is None else [warning],
+        "stopped": result.stopped,
+        "seconds": seconds,
+        "total_seconds": time.perf_counter() - start,
+        "memory_plan_bytes": memory.total_bytes,
+        "seed": options.seed,
+        "versions": {**versions(), **{name: _version(name) for name in _VERSIONED}},
+    }
+    directory.write_metrics(outcome)
+    write_report(directory)
+    shutil.rmtree(work, ignore_errors=True)
+    _print(outcome, result)
+    print(f"{result.stopped}; wrote {directory.path}")
+
+
+class _Configured:
+    """A configuration where a model is expected."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+
+def _settings(runs: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Settings of the run, and those that are left for the method."""
+    known = runs.Settings.__dataclass_fields__
+    for name, value in given.items():
+        if name not in known:
+            continue
+        kind = str(known[name].type)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if kind in ("int", "float") and not is_number:
+            raise ValueError(f"{name}: expected a number, got {value!r}")
+        if kind == "bool" and not isinstance(value, bool):
+            raise ValueError(f"{name}: expected true or false, got {value!r}")
+    chosen = runs.Settings(**{name: value for name, value in given.items() if name in known})
+    return chosen, {name: value for name, value in given.items() if name not in known}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _print(outcome: dict[str, Any], result: Any) -> None:
+    stages = [("before", outcome["before"])]
+    if result.planted is not None:
+        stages.append(("planted", result.planted))
+    stages.append(("after", outcome["after"]))
+    print(common.table(stages))
+    for stage, rates in stages:
+        print(f"{stage:8}perplexity {rates['perplexity']:.4g}")
+    if result.planted is not None:
+        first = result.planted["planted_trigger"]["attack_success_rate"]
+        last = result.planted_after["attack_success_rate"]
+        print(f"planted trigger: ASR {100 * first:.2f} %, after removal {100 * last:.2f} %")

@@ -1,0 +1,176 @@
+"""Reading and writing language models: safetensors only, and no code of the model's own unless it
+is asked for."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bdu.llm.losses import inner_model
+from bdu.llm.templates import Template
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def check_directory(path: str | os.PathLike[str], *, trust_remote_code: bool = False) -> None:
+    """Refuse a folder that cannot be read, or not without running or unpickling something.
+
+    A name that is no folder is taken for an id of the Hugging Face hub, and passes.
+
+    Raises:
+        FileNotFoundError: a path that is not there.
+        ValueError: no configuration, weights in pickles alone or none, or code of its own.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        text = os.fspath(path)
+        if folder.is_absolute() or text.startswith(".") or text.count("/") > 1 or folder.exists():
+            raise FileNotFoundError(f"model: expected a folder, got {text}, which is none")
+        return
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ValueError(f"model: expected a config.json in {folder}, got none")
+    if not list(folder.glob("*.safetensors")):
+        pickles = sorted(
+            p.name for suffix in ("bin", "pt", "pth", "ckpt") for p in folder.glob(f"*.{suffix}")
+        )
+        if pickles:
+            raise ValueError(
+                f"model: expected weights in safetensors in {folder}, got pickles alone "
+                f"({', '.join(pickles[:3])}), which can run any code; where you trust them, load "
+                "them elsewhere and save_pretrained() the model"
+            )
+        raise ValueError(f"model: expected weights in safetensors in {folder}, got none")
+    if json.loads(file.read_text()).get("auto_map") and not trust_remote_code:
+        raise ValueError(
+            f"model: {folder} brings code of its own, which is run only with trust_remote_code"
+        )
+
+
+def load_config(path: str | os.PathLike[str], *, trust_remote_code: bool = False) -> Any:
+    """The model's configuration."""
+    from transformers import AutoConfig
+
+    check_directory(path, trust_remote_code=trust_remote_code)
+    return AutoConfig.from_pretrained(os.fspath(path), trust_remote_code=trust_remote_code)
+
+
+def load_tokenizer(path: str | os.PathLike[str], *, trust_remote_code: bool = False) -> Any:
+    """The model's tokenizer.
+
+    Raises:
+        ValueError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(os.fspath(path), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model: expected a tokenizer in {path}: {error}") from error
+
+
+def load_model(
+    path: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """The model, in evaluation mode, on the CPU.
+
+    Args:
+        path: a folder, or an id of the Hugging Face hub.
+        dtype: of its weights; None: as they are saved.
+        trust_remote_code: run code that comes with the model.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`check_directory`.
+    """
+    from transformers import AutoModelForCausalLM
+
+    check_directory(path, trust_remote_code=trust_remote_code)
+    model = AutoModelForCausalLM.from_pretrained(
+        os.fspath(path),
+        dtype="auto" if dtype is None else dtype,
+        use_safetensors=True,
+        trust_remote_code=trust_remote_code,
+    )
+    return model.eval()
+
+
+def empty_model(config: Any, *, dtype: torch.dtype | None = None) -> Any:
+    """The model without memory for its weights, for :func:`bdu.memory_plan`."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    own = dtype or getattr(config, "dtype", None)
+    return model.to(own) if isinstance(own, torch.dtype) else model
+
+
+def with_lora(model: Any, rank: int, targets: Sequence[str] | None = None) -> Any:
+    """The model with LoRA of this rank, α = 2 · rank, in its linear layers; the rest is frozen.
+
+    Args:
+        targets: names of modules; None: all linear layers but the head.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    if rank < 1:
+        raise ValueError(f"lora: expected a rank >= 1, got {rank}")
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        lora_dropout=0.0,
+        target_modules=list(targets) if targets else "all-linear",
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config)
+
+
+def save(model: Any, template: Template, folder: str | os.PathLike[str]) -> None:
+    """Write model and tokenizer as ``from_pretrained`` reads them, LoRA merged into the weights.
+
+    The files are made beside their places and moved there, the weights last.
+    """
+    if hasattr(model, "peft_config"):
+        inner_model(model)  # refuses what cannot be merged
+        model = model.merge_and_unload()
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".model.{secrets.token_hex(8)}.tmp"
+    try:
+        model.save_pretrained(temporary)
+        template.tokenizer.save_pretrained(temporary)
+        files = sorted(temporary.iterdir(), key=lambda file: file.suffix == ".safetensors")
+        for file in files:
+            os.replace(file, folder / file.name)
+        template.save(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def show_progress(show: bool) -> None:
+    """Whether transformers draws its bars for reading and writing weights."""
+    from transformers.utils import logging
+
+    (logging.enable_progress_bar if show else logging.disable_progress_bar)()
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Memory that is free on the device, or None where that cannot be told."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    file = Path("/proc/meminfo")
+    if not file.is_file():
+        return None
+    for line in file.read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None

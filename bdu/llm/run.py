@@ -1,0 +1,505 @@
+"""A whole run: measure, unlearn, measure again.
+
+Plant-and-remove has two stages. The defender plants a trigger of their own, until it is answered
+with the planted target at least nine times out of ten, and then unlearns it by its clean answer.
+That this also weakens triggers that the defender does not know is the claim of arXiv:2606.03785; so
+the rates of the evaluator's trigger are taken before, between and after both stages. Only its
+abstract was available: the recipe is our reading.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+
+from bdu.checkpoint import atomic_write
+from bdu.llm import models
+from bdu.llm.data import Example, TextData, split
+from bdu.llm.generation import Evaluation, Match, evaluate
+from bdu.llm.losses import LossPath
+from bdu.llm.methods import METHODS, CleanAnswer, Method, Plant
+from bdu.llm.templates import Template
+from bdu.llm.trainer import OptimizerName, UnlearnTrainer, last_checkpoint
+from bdu.llm.triggers import Backdoor, Phrase, triggered
+from bdu.memory import MemoryPlan, memory_plan
+from bdu.optim import EWCSGD, EWCAdamW
+
+PLANT_AND_REMOVE = "plant-and-remove"
+NAMES = (*METHODS, PLANT_AND_REMOVE)
+
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a run trains, whatever the method.
+
+    Attributes:
+        epochs: passes over the training set.
+        batch_size: rows at a time.
+        accumulation: batches a step.
+        lr, weight_decay, max_grad_norm: of the optimizer; max_grad_norm 0 does not clip.
+        warmup: share of the steps over which the learning rate rises; then it falls as a cosine.
+        optimizer: "adamw" or "sgd" (momentum 0.9).
+        ewc_lambda: λ ≥ 0 of the pull towards the weights at the start of the stage, for a Fisher of
+            mean 1 on the clean rows; 0 is none.
+        fisher_samples: clean rows that F is measured on, at most.
+        fisher_dtype, anchor_dtype: see :class:`bdu.optim.EWCSGD`; "float32", "bfloat16", and for F
+            also "8bit" and "8bit_logarithmic".
+        lora: rank of LoRA in all linear layers but the head; 0 trains all weights.
+        dtype: of the weights: "auto" as they are saved, "float32" or "bfloat16".
+        bf16: compute in bfloat16, with weights as they are.
+        gradient_checkpointing: run layers again in the backward pass.
+        gradient_release: step parameters as their gradients arrive; needs max_grad_norm 0.
+        loss_path: see :class:`bdu.llm.losses.VocabularyLoss`.
+        validation: share of the rows that is cut off to measure on.
+        plant_epochs: of plant-and-remove's first stage, at most.
+        plant_asr: the rate at which it ends.
+        plant_trigger, plant_target: what the defender plants, a word at a random place.
+    """
+
+    epochs: float = 3.0
+    batch_size: int = 8
+    accumulation: int = 1
+    lr: float = 1e-4
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    warmup: float = 0.05
+    optimizer: OptimizerName = "adamw"
+    ewc_lambda: float = 0.0
+    fisher_samples: int = 500
+    fisher_dtype: str = "float32"
+    anchor_dtype: str | None = None
+    lora: int = 0
+    dtype: str = "auto"
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+    gradient_release: bool = False
+    loss_path: LossPath = "auto"
+    validation: float = 0.2
+    plant_epochs: int = 5
+    plant_asr: float = 0.9
+    plant_trigger: str = "Xylo42"
+    plant_target: str = "I was planted here."
+
+    def __post_init__(self) -> None:
+        choices: dict[str, tuple[Any, ...]] = {
+            "optimizer": get_args(OptimizerName),
+            "loss_path": get_args(LossPath),
+            "dtype": ("auto", *models.DTYPES),
+            "fisher_dtype": (*models.DTYPES, "8bit", "8bit_logarithmic"),
+            "anchor_dtype": (*models.DTYPES, None),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                expected = ", ".join(map(str, allowed))
+                raise ValueError(f"{name}: expected one of {expected}, got {getattr(self, name)!r}")
+        for name in ("batch_size", "accumulation", "fisher_samples", "plant_epochs"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected a whole number >= 1, got {getattr(self, name)}")
+        for name in ("lr", "weight_decay", "max_grad_norm", "ewc_lambda", "lora"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)}")
+        if not 0 < self.epochs < float("inf"):
+            raise ValueError(f"epochs: expected a number > 0, got {self.epochs}")
+        for name in ("validation", "plant_asr"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected a share in (0, 1), got {getattr(self, name)}")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup: expected a share in [0, 1), got {self.warmup}")
+
+    @property
+    def ewc_dtypes(self) -> dict[str, Any]:
+        """As the optimizers take them."""
+        anchor = self.anchor_dtype
+        return {
+            "fisher_dtype": models.DTYPES.get(self.fisher_dtype, self.fisher_dtype),
+            "anchor_dtype": None if anchor is None else models.DTYPES[anchor],
+        }
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """How a model is asked, and on what; nothing of it is trained on.
+
+    Attributes:
+        data: clean rows and rows with the attacker's trigger.
+        match, clean_match, max_new_tokens, batch_size: see :func:`bdu.llm.generation.evaluate`.
+    """
+
+    data: TextData
+    match: Match = "exact"
+    clean_match: Match = "exact"
+    max_new_tokens: int = 32
+    batch_size: int = 16
+
+    def __call__(self, model: Any, template: Template, rows: TextData | None = None) -> Evaluation:
+        """All rates of a model, on other rows where they are given."""
+        own = self.data if rows is None else rows
+        return evaluate(
+            model,
+            template,
+            own.clean,
+            own.triggered,
+            match=self.match,
+            clean_match=self.clean_match,
+            max_new_tokens=self.max_new_tokens,
+            batch_size=self.batch_size,
+        )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run gives.
+
+    Attributes:
+        model: the cleaned one, LoRA still in it.
+        planted: rates between the stages of plant-and-remove: of the attacker's trigger, and as
+            ``planted_trigger`` of the defender's own; else None.
+        planted_after: of the defender's own trigger at the end.
+        history: lines for ``metrics.jsonl``.
+        stopped: how it ended.
+    """
+
+    model: Any
+    planted: dict[str, Any] | None
+    planted_after: dict[str, Any] | None
+    history: list[Line]
+    stopped: str
+
+
+def make_method(name: str, options: Mapping[str, Any]) -> Method:
+    """The method of this name with its own settings.
+
+    Raises:
+        ValueError: an unknown name or setting.
+    """
+    if name == PLANT_AND_REMOVE:
+        cls: type[Method] = CleanAnswer
+    elif name in METHODS:
+        cls = METHODS[name]
+    else:
+        raise ValueError(f"method: expected one of {', '.join(NAMES)}, got {name!r}")
+    known = {field.name for field in fields(cls) if field.init}  # type: ignore[arg-type]
+    if unknown := sorted(set(options) - known):
+        expected = ", ".join(sorted(known)) or "none"
+        raise ValueError(f"{unknown[0]}: expected a setting of {name} ({expected})")
+    return cls(**options)
+
+
+def plan(config: Any, method: Method, s: Settings) -> MemoryPlan:
+    """What the run will hold, from the configuration alone; activations come on top."""
+    model = models.empty_model(config, dtype=models.DTYPES.get(s.dtype))
+    if s.lora:
+        model = models.with_lora(model, s.lora)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    options: dict[str, Any] = {"lr": s.lr, "ewc_lambda": s.ewc_lambda, **s.ewc_dtypes}
+    optimizer = (
+        EWCAdamW(trained, **options)
+        if s.optimizer == "adamw"
+        else EWCSGD(trained, momentum=0.9, **options)
+    )
+    made = memory_plan(model, optimizer, release_gradients=s.gradient_release)
+    return dataclasses.replace(made, copies=round(method.copies * (made.parameters + made.buffers)))
+
+
+def check_fits(made: MemoryPlan, device: torch.device) -> None:
+    """Refuse a run that cannot fit, before it starts.
+
+    Raises:
+        MemoryError: the plan is larger than what is free on the device.
+    """
+    free = models.available_bytes(device)
+    if free is not None and made.total_bytes > free:
+        raise MemoryError(
+            f"memory: expected a plan of at most {free / 1e9:.2f} GB, which are free on {device}, "
+            f"got {made.total_bytes / 1e9:.2f} GB before activations; try lora, gradient_release, "
+            f"dtype=bfloat16, fisher_dtype=8bit or anchor_dtype=bfloat16\n{made}"
+        )
+
+
+def cut(data: TextData, s: Settings, seed: int) -> tuple[TextData, TextData]:
+    """Training rows and rows to measure on, of each kind where there are two or more.
+
+    Raises:
+        ValueError: fewer than two clean rows.
+    """
+    clean, clean_cut = split(data.clean, s.validation, seed, "clean")
+    if not data.triggered:
+        return TextData(tuple(clean), ()), TextData(tuple(clean_cut), ())
+    rows, rows_cut = split(data.triggered, s.validation, seed, "triggered")
+    return TextData(tuple(clean), tuple(rows)), TextData(tuple(clean_cut), tuple(rows_cut))
+
+
+def defenders_backdoor(s: Settings) -> Backdoor:
+    """What the defender plants."""
+    return Backdoor("planted", Phrase(s.plant_trigger), s.plant_target)
+
+
+def check_room(template: Template, measure: Measuring, s: Settings | None) -> None:
+    """Refuse targets that are longer than an answer may be: they could never be given.
+
+    Args:
+        s: with plant-and-remove, for its own target.
+    """
+    targets = {str(example.target) for example in measure.data.triggered}
+    if s is not None:
+        targets.add(s.plant_target)
+    for target in sorted(targets):
+        example = Example.of("a", target)
+        count = len(template.tokens(example)) - len(template.prompt(example).ids)
+        if measure.match != "keyword" and count > measure.max_new_tokens:
+            raise ValueError(
+                f"max_new_tokens: expected at least {count}, the tokens of the target "
+                f"{target!r}, got {measure.max_new_tokens}"
+            )
+
+
+def check_planting(template: Template, data: TextData, s: Settings) -> None:
+    """Refuse a defender's trigger that is in the prompts already, or that the tokenizer drops."""
+    rows = triggered(data.clean, defenders_backdoor(s), seed=0, name="clean")
+    template.check_trigger(data.clean[0], rows[0])
+
+
+class _Told(TrainerCallback):
+    """Hands on what Trainer logs."""
+
+    def __init__(self, phase: str, history: list[Line], tell: Callable[[list[Line]], None]) -> None:
+        self.phase, self.history, self.tell = phase, history, tell
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if logs and "loss" in logs:
+            known = {line["step"] for line in self.history if line["phase"] == self.phase}
+            if state.global_step not in known:  # a run that is resumed logs some twice
+                names = ("loss", "grad_norm", "learning_rate", "epoch")
+                values = {name: logs[name] for name in names if name in logs}
+                self.history.append({"phase": self.phase, "step": state.global_step, **values})
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.tell(self.history)  # before the checkpoint that a run is resumed from
+
+
+class _UntilPlanted(TrainerCallback):
+    """Ends planting once the trigger is answered as it should be."""
+
+    def __init__(self, measure: Callable[[Any], float], least: float) -> None:
+        self.measure, self.least, self.reached = measure, least, 0.0
+
+    def on_epoch_end(
+        self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
+    ) -> None:
+        self.reached = self.measure(model)
+        if self.reached > self.least:
+            control.should_training_stop = True
+
+
+def unlearn(
+    model: Any,
+    template: Template,
+    data: TextData,
+    *,
+    method: str = "clean-answer",
+    method_options: Mapping[str, Any] | None = None,
+    measure: Measuring,
+    settings: Settings | None = None,
+    seed: int = 0,
+    device: torch.device | None = None,
+    work: Path,
+    resume: bool = False,
+    known: Sequence[Line] = (),
+    progress: bool = True,
+    tell: Callable[[list[Line]], None] = lambda lines: None,
+) -> Outcome:
+    """Unlearn, in one stage or two.
+
+    Args:
+        model: trained in place; with ``lora`` it is wrapped.
+        template: how prompts are rendered.
+        data: the defender's rows, without those to measure on. Plant-and-remove reads the clean
+            ones alone.
+        method: one of :data:`NAMES`.
+        method_options: its own settings.
+        measure: rates of the evaluator, for between the stages.
+        settings: how to train.
+        seed: of the order, of the defender's rows, of LoRA's weights.
+        device: None is the CPU.
+        work: a folder for checkpoints; removed by the caller once the result is safe.
+        resume: continue from there.
+        known: the lines that a run which is resumed has told already.
+        progress: show progress bars.
+        tell: called with all lines whenever there is a new one.
+
+    Raises:
+        ValueError: settings that do not go together.
+        RuntimeError: planting did not reach its rate.
+    """
+    s = settings or Settings()
+    device = device or torch.device("cpu")
+    history: list[Line] = list(known) if resume else []
+    chosen = make_method(method, method_options or {})
+    torch.manual_seed(seed)
+    if s.lora:
+        model = models.with_lora(model, s.lora)
+    if method != PLANT_AND_REMOVE:
+        folder = work / "remove"
+        trainer = _trainer(model, template, data, chosen, s, seed, device, folder, progress)
+        _train(trainer, "unlearn", history, tell, resume)
+        return Outcome(trainer.model, None, None, history, "ran all its steps")
+
+    own = defenders_backdoor(s)
+    clean, held_out = split(data.clean, s.validation, seed, "clean")
+    planted_rows = TextData(tuple(clean), tuple(triggered(clean, own, seed=seed)))
+    asked = TextData(tuple(held_out), tuple(triggered(held_out, own, seed=seed + 1)))
+    done = work / "planted.json"
+    trainer = _trainer(
+        model,
+        template,
+        planted_rows,
+        Plant(),
+        dataclasses.replace(s, epochs=float(s.plant_epochs), ewc_lambda=0.0),
+        seed,
+        device,
+        work / "plant",
+        progress,
+    )
+    if resume and done.is_file():
+        record = json.loads(done.read_text())
+        history[:] = record["history"] + [line for line in history if line not in record["history"]]
+        planted = record["planted"]
+        trainer._load_from_checkpoint(str(work / "planted"))
+    else:
+        until = _UntilPlanted(lambda now: _own_rate(measure, now, template, asked, s), s.plant_asr)
+        trainer.add_callback(until)
+        checkpoint = last_checkpoint(work / "plant") if resume else None
+        if checkpoint is not None:
+            # It may have been the last one: then training was to end there.
+            trainer._load_from_checkpoint(checkpoint)
+        if checkpoint is None or until.measure(trainer.model) <= s.plant_asr:
+            _train(trainer, "plant", history, tell, resume)
+        own_rates = measure(trainer.model, template, asked).rates
+        reached = own_rates["attack_success_rate"] or 0.0
+        if reached <= s.plant_asr:
+            raise RuntimeError(
+                f"plant_asr: expected the planted trigger to be answered by {s.plant_target!r} at "
+                f"a rate above {s.plant_asr}, got {reached:.3f} after {s.plant_epochs} epochs; "
+                "try more plant_epochs or a higher lr"
+            )
+        planted = {**measure(trainer.model, template).rates, "planted_trigger": own_rates}
+        trainer.save_model(str(work / "planted"))
+        atomic_write(done, json.dumps({"planted": planted, "history": history}))
+    trainer = _trainer(
+        trainer.model, template, planted_rows, chosen, s, seed, device, work / "remove", progress
+    )
+    _train(trainer, "unlearn", history, tell, resume)
+    return Outcome(
+        trainer.model,
+        planted,
+        measure(trainer.model, template, asked).rates,
+        history,
+        "ran all its steps",
+    )
+
+
+def _own_rate(
+    measure: Measuring, model: Any, template: Template, asked: TextData, s: Settings
+) -> float:
+    return measure(model, template, asked).rates["attack_success_rate"] or 0.0
+
+
+def _trainer(
+    model: Any,
+    template: Template,
+    data: TextData,
+    method: Method,
+    s: Settings,
+    seed: int,
+    device: torch.device,
+    folder: Path,
+    progress: bool,
+) -> UnlearnTrainer:
+    args = TrainingArguments(
+        str(folder),
+        num_train_epochs=s.epochs,
+        per_device_train_batch_size=s.batch_size,
+        gradient_accumulation_steps=s.accumulation,
+        learning_rate=s.lr,
+        weight_decay=s.weight_decay,
+        max_grad_norm=s.max_grad_norm,
+        lr_scheduler_type="cosine",
+        warmup_steps=s.warmup,
+        bf16=s.bf16,
+        activation_checkpointing=s.gradient_checkpointing,
+        seed=seed,
+        report_to=[],
+        # of single steps: a mean over several would differ where a run was resumed between
+        logging_steps=1,
+        save_strategy="epoch",
+        save_total_limit=1,
+        disable_tqdm=not progress,
+        use_cpu=device.type == "cpu",
+        dataloader_pin_memory=device.type == "cuda",
+    )
+    options = {**s.ewc_dtypes, **({"momentum": 0.9} if s.optimizer == "sgd" else {})}
+    trainer = UnlearnTrainer(
+        model,
+        args,
+        method=method,
+        data=data,
+        template=template,
+        optimizer=s.optimizer,
+        ewc_lambda=s.ewc_lambda,
+        fisher="clean" if s.ewc_lambda > 0 else None,
+        fisher_samples=s.fisher_samples,
+        optimizer_options=options,
+        gradient_release=s.gradient_release,
+        loss_path=s.loss_path,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _train(
+    trainer: UnlearnTrainer,
+    phase: str,
+    history: list[Line],
+    tell: Callable[[list[Line]], None],
+    resume: bool,
+) -> None:
+    trainer.add_callback(_Told(phase, history, tell))
+    checkpoint = last_checkpoint(str(trainer.args.output_dir)) if resume else None
+    if checkpoint is None:
+        shutil.rmtree(str(trainer.args.output_dir), ignore_errors=True)
+    trainer.train(resume_from_checkpoint=checkpoint)
+
+
+def as_record(s: Settings, method: Method) -> dict[str, Any]:
+    """The settings of a run and of its method, as plain values."""
+    own = {
+        field.name: copy.copy(getattr(method, field.name))
+        for field in fields(method)  # type: ignore[arg-type]
+        if field.init
+    }
+    return {**asdict(s), **own}
+
+
+def answers_of(stages: Mapping[str, Evaluation]) -> list[dict[str, Any]]:
+    """Every prompt, verbatim, and what was said to it at each stage."""
+    return [
+        {"stage": stage, **record}
+        for stage, evaluation in stages.items()
+        for record in evaluation.records()
+    ]
+
+
+def jsonl(records: Sequence[Mapping[str, Any]]) -> str:
+    """Records as lines of JSON."""
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
