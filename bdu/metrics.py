@@ -6,6 +6,7 @@ images serves them all; `evaluate` makes those passes.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -242,4 +243,57 @@ def evaluate(
     triggered = predict(model, images, batch_size=batch_size, transform=trigger).argmax(1)
     rates["attack_success_rate"] = attack_success_rate(triggered, y[others], target, num_classes)
     rates["robust_accuracy"] = robust_accuracy(triggered, y[others], target, num_classes)
+    return rates
+
+
+def path_success_rates(
+    model: nn.Module,
+    towards: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    trigger: Callable[[Tensor], Tensor],
+    target: Target,
+    num_classes: int,
+    points: int = 5,
+    batch_size: int = 256,
+) -> list[float]:
+    """ASR on the straight line from a model to another, both ends included.
+
+    θ(t) = (1 − t) θ + t θ_towards for t = 0, 1 / (points − 1), ..., 1, floating-point buffers
+    likewise. A removal that went far stays low along most of it; one that only hid the backdoor has
+    no barrier (PAM, arXiv:2410.09838, section 3: linear mode connectivity).
+
+    Args:
+        model: the purified model; untouched.
+        towards: the suspect model, of the same parameters and buffers.
+        x, y, trigger, target, num_classes, batch_size: as for `evaluate`.
+        points: at least 2.
+
+    Raises:
+        ValueError: as `evaluate`, or models that differ in shape.
+    """
+    if points < 2:
+        raise ValueError(f"points: expected at least 2, got {points}")
+    ends = [one.state_dict() for one in (model, towards)]
+    shapes = [{name: tuple(value.shape) for name, value in end.items()} for end in ends]
+    if shapes[0] != shapes[1]:
+        names = sorted(name for name, _ in shapes[0].items() ^ shapes[1].items())
+        raise ValueError(f"towards: expected the tensors of model, got others: {names}")
+    between = copy.deepcopy(model)
+    wanted = target_labels(y, target, num_classes)
+    others = (y != wanted).nonzero().flatten()
+    rates = []
+    for k in range(points):
+        t = k / (points - 1)
+        mixed = {
+            name: torch.lerp(value, ends[1][name].to(value), t)
+            if value.is_floating_point()
+            else value
+            for name, value in ends[0].items()
+        }
+        between.load_state_dict(mixed)
+        images = x[others.to(x.device)]
+        called = predict(between, images, batch_size=batch_size, transform=trigger).argmax(1)
+        rates.append(attack_success_rate(called, y[others].cpu(), target, num_classes))
     return rates

@@ -11,14 +11,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from bdu.defenses import balanced
+from bdu.defenses import balanced, bi_bau, finetuning, fst, i_bau, pam, sau, tbar, tsbd, ulrl
 from bdu.defenses.protocol import Callback, DefenderData, Result
 from bdu.metrics import predict
 from bdu.models import device_of
 
-METHODS: dict[str, Callable[..., Result]] = {"balanced": balanced.run}
+_TRIGGER_FREE = (finetuning, ulrl, fst, tsbd, i_bau, sau, pam, tbar, bi_bau)
 
-SETTINGS: dict[str, Callable[..., Any]] = {"balanced": balanced.Settings}
+METHODS: dict[str, Callable[..., Result]] = {
+    "balanced": balanced.run,
+    **{module.NAME: module.run for module in _TRIGGER_FREE},
+}
+
+SETTINGS: dict[str, Callable[..., Any]] = {
+    "balanced": balanced.Settings,
+    **{module.NAME: module.Settings for module in _TRIGGER_FREE},
+}
 
 NEEDS_TRIGGERED = frozenset({"balanced"})
 

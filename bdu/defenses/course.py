@@ -1,0 +1,449 @@
+"""The course of a defence: its stages, its looks at the validation split, and how it is resumed.
+
+A defence reads like its paper's pseudo-code; what all of them need besides is here. It goes through
+named stages of so many rounds. After every round the student is looked at, the callbacks are told,
+and the state is written, so that an interrupted run goes on with the same bits.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from bdu.checkpoint import load_state, save_state
+from bdu.data import as_unit_float, augment
+from bdu.defenses.inversion import invert_trigger
+from bdu.defenses.protocol import Callback, DefenderData, Line, Result, Samples, summary, tell
+from bdu.fisher import contrastive, fisher_diagonal, scale_to_unit_mean, target_log_odds
+from bdu.metrics import predict
+from bdu.optim import EWCSGD, EWCAdamW
+
+Kept = TypeVar("Kept")
+Rows = Mapping[str, Tensor]
+"""Name of a parameter → indices into its first axis, (K,) int64."""
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What every defence that knows no trigger can be told.
+
+    Attributes:
+        anchored: pull the weights to those of the suspect model, with the exact Fisher of the
+            defender's clean samples, contrastive with the Fisher of the log-odds of the target that
+            an inverted trigger finds (:mod:`bdu.defenses.inversion`). Ours; off is as published.
+        ewc_lambda: λ ≥ 0 of that pull, for Fishers of mean 1.
+        gamma: γ ≥ 0 of the contrastive Fisher; 0 is the clean Fisher alone, and inverts nothing.
+        fisher_samples: clean samples that the Fisher is measured on, at most.
+        augment: shift the clean images of every batch by up to an eighth of their size.
+        mirror: mirror half of them, too; None: where the model calls mirrored clean images right as
+            often, within a standard error.
+        clean_accuracy_floor: stop when clean accuracy on the validation split falls below this
+            share of what it was at the start.
+    """
+
+    anchored: bool = False
+    ewc_lambda: float = 10.0
+    gamma: float = 10.0
+    fisher_samples: int = 2000
+    augment: bool = True
+    mirror: bool | None = None
+    clean_accuracy_floor: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_numbers(self, counts=("fisher_samples",), shares=("clean_accuracy_floor",))
+        check_numbers(self, at_least_zero=("ewc_lambda", "gamma"))
+
+
+def check_numbers(
+    settings: object,
+    *,
+    counts: Iterable[str] = (),
+    positive: Iterable[str] = (),
+    at_least_zero: Iterable[str] = (),
+    shares: Iterable[str] = (),
+) -> None:
+    """Raise ValueError for a field out of range; counts are whole numbers of at least 1."""
+    for name in counts:
+        value = getattr(settings, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name}: expected a whole number >= 1, got {value!r}")
+    for name in positive:
+        if not 0 < getattr(settings, name) < math.inf:
+            raise ValueError(f"{name}: expected a number > 0, got {getattr(settings, name)}")
+    for name in at_least_zero:
+        if not 0 <= getattr(settings, name) < math.inf:
+            raise ValueError(f"{name}: expected a number >= 0, got {getattr(settings, name)}")
+    for name in shares:
+        if not 0 <= getattr(settings, name) <= 1:
+            raise ValueError(f"{name}: expected a share in [0, 1], got {getattr(settings, name)}")
+
+
+@dataclass(frozen=True)
+class Running:
+    """How a defence is called, apart from its settings.
+
+    Attributes: those of :func:`bdu.unlearn` with the same names.
+    """
+
+    seed: int
+    callbacks: Iterable[Callback] = ()
+    progress: bool = True
+    state_file: str | os.PathLike[str] | None = None
+    resume: bool = False
+
+
+Settings = TypeVar("Settings", bound=Shared)
+
+
+def read_options(kind: type[Settings], options: Mapping[str, Any]) -> tuple[Running, Settings]:
+    """What a defence's ``run`` was given besides model and data; ValueError for unknown names."""
+    own = {field.name for field in fields(Running)}
+    known = {field.name for field in fields(kind)}
+    for name in options:
+        if name not in own | known:
+            raise ValueError(f"{name}: expected one of {', '.join(sorted(known))}")
+    running = {name: value for name, value in options.items() if name in own}
+    return Running(**running), kind(**{n: v for n, v in options.items() if n not in own})
+
+
+class Course:
+    """One run of a defence.
+
+    Args:
+        method: its name.
+        model: the suspect model, left untouched.
+        data: what the defender holds.
+        settings: the method's, with those of `Shared`.
+        running: how it was called.
+
+    Attributes:
+        before: the suspect model, frozen, in evaluation mode.
+        student: the copy that is cleaned.
+        generator: of all draws.
+        steps: steps of optimizers so far.
+
+    Raises:
+        ValueError: a state file of another run, or none to resume from.
+    """
+
+    def __init__(
+        self, method: str, model: nn.Module, data: DefenderData, settings: Shared, running: Running
+    ) -> None:
+        self.before = copy.deepcopy(model).eval().requires_grad_(False)
+        self.student = copy.deepcopy(model).eval()
+        self.data, self.settings, self._method, self._running = data, settings, method, running
+        self._callbacks, self.seed = list(running.callbacks), running.seed
+        self.generator = torch.Generator().manual_seed(running.seed)
+        self.steps = 0
+        self._history: list[Line] = []
+        self._stopped = ""
+        self._stage, self._round, self._done = "", 0, list[str]()
+        self._kept_values: dict[str, Any] = {}
+        self._optimizer_state: dict[str, Any] | None = None
+        self._best: dict[str, Any] | None = None
+        self._losses: list[Tensor] = []
+        self._noted: dict[str, float] = {}
+        self._started_with = {
+            "method": method,
+            **asdict(settings),
+            "seed": running.seed,
+            "model and data": fingerprint(self.before, data),
+        }
+        if running.resume and running.state_file is None:
+            raise ValueError("state_file: expected a path to resume from, got None")
+        if running.resume and running.state_file and Path(running.state_file).exists():
+            self._load(load_state(running.state_file))
+        mirror = settings.mirror
+        self._mirror = knows_mirrored(self.before, data.clean) if mirror is None else mirror
+        if not self._history:
+            self._look("before", guarded=True)
+
+    # What a defence is written with.
+
+    def stage(
+        self,
+        name: str,
+        rounds: int,
+        optimizer: EWCSGD | EWCAdamW | None = None,
+        *,
+        begin: Callable[[], None] | None = None,
+        guarded_from: int | None = 0,
+    ) -> Iterator[int]:
+        """Yield the number, from 0, of every round that is still to do; none if the run stopped.
+
+        Args:
+            name: shown, and what a resumed run finds its place by.
+            rounds: how many.
+            optimizer: whose state goes into the state file.
+            begin: called once, before the first round.
+            guarded_from: the run stops where clean accuracy collapses after this round or a later
+                one; None where the student is meant to be ruined.
+        """
+        if name in self._done or self._stopped:
+            return
+        if self._stage != name:
+            if begin is not None:
+                begin()
+            self._stage, self._round = name, 0
+        elif optimizer is not None and self._optimizer_state is not None:
+            optimizer.load_state_dict(self._optimizer_state)
+        shown = self._running.progress
+        with tqdm(total=rounds, initial=self._round, desc=name, disable=not shown) as bar:
+            while self._round < rounds and not self._stopped and name not in self._done:
+                seed = int(torch.randint(2**62, (), generator=self.generator))
+                with torch.random.fork_rng(self._cuda_devices()):
+                    torch.manual_seed(seed)  # of dropout
+                    yield self._round
+                self._round += 1
+                self._optimizer_state = None if optimizer is None else optimizer.state_dict()
+                guarded = guarded_from is not None and self._round > guarded_from
+                line = self._look(name, guarded=guarded)
+                bar.set_postfix(summary(line))
+                bar.update()
+        if not self._stopped and name not in self._done:
+            self._done.append(name)
+
+    def end_stage(self) -> None:
+        """The round that is going on is the last of its stage."""
+        self._done.append(self._stage)
+
+    def once(self, name: str, make: Callable[[], Kept]) -> Kept:
+        """What `make` returned the first time: tensors, numbers, text, lists and maps of them."""
+        if name not in self._kept_values:
+            self._kept_values[name] = make()
+        value: Kept = self._kept_values[name]
+        return value
+
+    def batches(self, samples: Samples, size: int) -> Iterator[Samples]:
+        """All samples once, in random order; a last batch of one joins the one before it."""
+        order = torch.randperm(len(samples), generator=self.generator)
+        parts = list(order.split(size))
+        if len(parts) > 1 and len(parts[-1]) == 1:
+            parts[-2:] = [torch.cat(parts[-2:])]
+        for part in parts:
+            if self._stopped:
+                return
+            yield samples.at(part)
+
+    def draw(self, samples: Samples, count: int) -> Samples:
+        """So many of them at random, each at most once."""
+        return samples.at(torch.randperm(len(samples), generator=self.generator)[:count])
+
+    def images(self, samples: Samples) -> Tensor:
+        """(N, C, H, W) float in [0, 1], augmented as the settings say."""
+        x = samples.x
+        if self.settings.augment:
+            padding = min(x.shape[2:]) // 8
+            x = augment(x, self.generator, padding=padding, mirror=self._mirror)
+        return as_unit_float(x)
+
+    def sgd(self, lr: float, *, free: Rows | None = None, **more: Any) -> EWCSGD:
+        """EWCSGD of the student's parameters that require a gradient.
+
+        Args:
+            free: where the settings ask for an anchor, the rows of parameters that none holds.
+            more: arguments of EWCSGD.
+        """
+        more = {"error_if_nonfinite": True, **self._pull(free or {})} | more
+        return EWCSGD(self.named_parameters(), lr=lr, **more)
+
+    def adam(self, lr: float, *, free: Rows | None = None, **more: Any) -> EWCAdamW:
+        """As `sgd`, EWCAdamW; no weight decay unless given."""
+        more = {"weight_decay": 0.0, "error_if_nonfinite": True, **self._pull(free or {})} | more
+        return EWCAdamW(self.named_parameters(), lr=lr, **more)
+
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Those of the student that require a gradient."""
+        return [(name, p) for name, p in self.student.named_parameters() if p.requires_grad]
+
+    def step(self, optimizer: EWCSGD | EWCAdamW, loss: Tensor) -> None:
+        """Descend a loss; the run stops where the gradient is not finite."""
+        optimizer.zero_grad()
+        loss.backward()
+        self.apply(optimizer, loss)
+
+    def apply(self, optimizer: EWCSGD | EWCAdamW, loss: Tensor) -> None:
+        """As `step`, with the gradients that the parameters have."""
+        try:
+            optimizer.step()  # which writes nothing if it fails
+        except FloatingPointError as error:
+            self._stopped = f"stopped at step {self.steps + 1}: {error}"
+            return
+        self.steps += 1
+        self._losses.append(loss.detach())
+
+    def note(self, **values: float) -> None:
+        """Add values to the next line of the history."""
+        self._noted.update(values)
+
+    def result(self) -> Result:
+        """The student as it is now, or where the run was stopped the best that was seen."""
+        stopped = self._stopped or "ran all its steps"
+        if self._stopped and self._best is not None:
+            self.student.load_state_dict(self._best["student"])
+            stopped += f"; kept the weights of step {self._best['step']}"
+        settings = asdict(self.settings)
+        for parameter in self.student.parameters():
+            parameter.grad = None
+        return Result(self.student.eval(), self._history, self._method, settings, stopped)
+
+    # What it takes.
+
+    def _cuda_devices(self) -> list[torch.device]:
+        return sorted({p.device for p in self.student.parameters() if p.is_cuda}, key=str)
+
+    def _pull(self, free: Rows) -> dict[str, Any]:
+        if not self.settings.anchored or self.settings.ewc_lambda == 0:
+            return {}
+        fisher = self.once("fisher", self._fisher)
+        for name, rows in free.items():
+            fisher = fisher | {name: fisher[name].index_fill(0, rows, 0.0)}
+        anchor = {name: p for name, p in self.before.named_parameters() if name in fisher}
+        return {"ewc_lambda": self.settings.ewc_lambda, "fisher": fisher, "anchor": anchor}
+
+    def _fisher(self) -> dict[str, Tensor]:
+        wanted = [name for name, _ in self.named_parameters()]
+        clean = self.data.clean
+        samples = min(self.settings.fisher_samples, len(clean))
+        pair = (as_unit_float(clean.x), clean.y)
+        own = scale_to_unit_mean(
+            fisher_diagonal(self.before, pair, samples=samples, parameters=wanted, progress=False)
+        )
+        if self.settings.gamma == 0:
+            return own
+        images, called = self.inverted()
+        odds = fisher_diagonal(
+            self.before,
+            (images, called),
+            loss=target_log_odds,
+            parameters=wanted,
+            progress=False,
+        )
+        return contrastive(own, scale_to_unit_mean(odds), self.settings.gamma)
+
+    def inverted(self) -> tuple[Tensor, Tensor]:
+        """Clean images under the inverted trigger, (M, C, H, W), and what they are then called."""
+        found = self.once(
+            "inverted",
+            lambda: invert_trigger(self.before, self.data.clean, seed=self._running.seed).samples(
+                self.before, self.data.clean
+            ),
+        )
+        return found[0], found[1]
+
+    def _look(self, phase: str, *, guarded: bool) -> Line:
+        clean = share_called(self.student, self.data.clean_validation)
+        line: Line = {"step": self.steps, "phase": phase, "validation_clean_accuracy": clean}
+        if self._losses:
+            line["loss"] = float(torch.stack(self._losses).mean())
+            self._losses = []
+        line.update(self._noted)
+        self._noted = {}
+        self._history.append(line)
+        floor = self._history[0]["validation_clean_accuracy"] * self.settings.clean_accuracy_floor
+        if guarded and clean < floor and not self._stopped:
+            self._stopped = (
+                f"stopped at step {self.steps}: clean accuracy on the validation split fell to "
+                f"{clean:.3f}"
+            )
+        if guarded and (self._best is None or clean >= self._best["clean_accuracy"]):
+            weights = {k: v.detach().clone() for k, v in self.student.state_dict().items()}
+            self._best = {"clean_accuracy": clean, "step": self.steps, "student": weights}
+        modes = [(module, module.training) for module in self.student.modules()]
+        try:
+            tell(self._callbacks, line, self.student)
+        finally:
+            for module, training in modes:
+                module.training = training
+            if self._running.state_file is not None and phase != "before":
+                save_state(self._running.state_file, self._state())
+        return line
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "started_with": self._started_with,
+            "stage": self._stage,
+            "round": self._round,
+            "done": self._done,
+            "kept_values": self._kept_values,
+            "stopped": self._stopped,
+            "steps": self.steps,
+            "history": self._history,
+            "best": self._best,
+            "student": dict(self.student.state_dict()),
+            "training": {n: module.training for n, module in self.student.named_modules()},
+            "optimizer": self._optimizer_state,
+            "generator": self.generator.get_state(),
+        }
+
+    def _load(self, state: dict[str, Any]) -> None:
+        check_same_run(state, self._started_with)
+        self._stage, self._round, self._done = state["stage"], state["round"], state["done"]
+        self._kept_values, self._stopped = state["kept_values"], state["stopped"]
+        self.steps, self._history, self._best = state["steps"], state["history"], state["best"]
+        self.student.load_state_dict(state["student"])
+        for name, module in self.student.named_modules():
+            module.training = state["training"][name]
+        self._optimizer_state = state["optimizer"]
+        self.generator.set_state(state["generator"])
+
+
+def cosine(optimizer: EWCSGD | EWCAdamW, lr: float, done: float, of: int) -> None:
+    """Set the learning rate to lr (1 + cos(π done / of)) / 2."""
+    optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * done / of)) / 2
+
+
+def check_same_run(state: Any, started_with: Mapping[str, Any]) -> None:
+    """Raise ValueError unless a state file is of the run that these values start."""
+    if not isinstance(state, dict) or not isinstance(state.get("started_with"), dict):
+        raise ValueError("state_file: expected the state of a run of this method, got another")
+    before = state["started_with"]
+    for name, value in started_with.items():
+        if before.get(name) != value:
+            raise ValueError(
+                f"{name}: expected {before.get(name)!r}, as in the run to be resumed, got {value!r}"
+            )
+
+
+def fingerprint(model: nn.Module, data: DefenderData) -> str:
+    """The same only for the same weights and samples in the same order."""
+    digest = hashlib.blake2b(digest_size=16)
+    parts = (data.clean, data.clean_validation, data.triggered, data.triggered_validation)
+    tensors = [*model.state_dict().values()]
+    tensors += [t for part in parts if part is not None for t in (part.x, part.y)]
+    for tensor in tensors:
+        digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def knows_mirrored(model: nn.Module, samples: Samples) -> bool:
+    """Whether mirroring the images costs the model no accuracy that these samples could show."""
+    plain = share_called(model, samples)
+    mirrored = share_called(model, replace(samples, x=samples.x.flip(-1)))
+    return mirrored >= plain - standard_error(plain, len(samples))
+
+
+def standard_error(share: float, samples: int) -> float:
+    """Of a share measured on so many samples.
+
+    By the rule of succession: a few samples that are all right do not make a model faultless.
+    """
+    share = (share * samples + 1) / (samples + 2)
+    return math.sqrt(share * (1 - share) / samples)
+
+
+def share_called(model: nn.Module, samples: Samples) -> float:
+    """Share of the samples that the model calls by their label ``y``."""
+    return float((predict(model, samples.x).argmax(1) == samples.y.cpu()).float().mean())

@@ -1,0 +1,519 @@
+"""Attacks x defences x seeds on one table: what each defence leaves of a backdoor, and its price.
+
+    python bench/prepare.py --out cifar10.npz
+    python bench/prepare.py --gtsrb --out gtsrb.npz
+    python bench/defenses.py --cifar10 cifar10.npz --gtsrb gtsrb.npz --runs RUNS
+
+Every case is a model that `bdu poison` plants, kept under a name that holds a hash of all that went
+into it; every cell is one defence on it, one .json file. What is there is taken as it is, so the
+table can be interrupted, extended and remade; a cell that was not run says so.
+
+Rules: the defender's images (5 % of the training set, 1 % for ULRL; a fifth of them its own
+validation split) are in neither the attacker's nor the evaluator's part. Settings are in SETTINGS
+below and were chosen on a model that is not in the table: BadNets, seed 10. No defence but
+"balanced" sees a trigger. All 32x32 images; CIFAR-10 with a narrow ResNet-18, GTSRB with WRN-16-1.
+
+Columns, in percent: clean accuracy; ASR and, beside it, the false-target rate (untriggered images
+of other classes that are called the target: what ASR cannot honestly go below); robust accuracy
+(triggered images called what they show); DER; ASR after the retune attack (2 % clean images, five
+of them poisoned), after query-based reactivation, and half-way on the line to the suspect model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from bdu import models
+from bdu.attacks import Trigger, load_attack
+from bdu.attacks.reactivation import reactivate
+from bdu.attacks.retune import retune
+from bdu.attacks.trigger import triggered_like
+from bdu.checkpoint import atomic_write, load_into
+from bdu.cli import main as bdu
+from bdu.data import split_indices
+from bdu.metrics import (
+    Target,
+    defense_effectiveness_rate,
+    evaluate,
+    path_success_rates,
+    target_labels,
+)
+from bdu.runs import versions
+from bdu.trainer import unlearn
+
+MODELS = {"cifar10": "resnet18-w8", "gtsrb": "wrn16-1"}
+CLASSES = {"cifar10": 10, "gtsrb": 43}
+EPOCHS = {"cifar10": 10, "gtsrb": 12}
+CONTROL_SEED, SURROGATE_SEED, TUNING_SEED = 0, 100, 10
+RETUNE_POISONED = 5
+REACTIVATION = {"epochs": 20, "images": 256}  # the paper: 50 epochs, 500 images
+
+DEFENSES = (
+    *("none", "fine-tuning", "ulrl", "fst", "tsbd", "i-bau", "sau", "pam", "tbar", "bi-bau"),
+    "balanced",
+)
+CLEAN_SHARE = {"ulrl": 0.2}  # of the defender's 5 %
+# As published unless it says why not.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "sau": {"epochs": 20, "lr": 5e-4},  # 100 at 1e-4: five times the time
+    "pam": {"epochs": 10},  # of a round; 30
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A planted model; attack None: never backdoored."""
+
+    data: str
+    attack: str | None
+    rate: float = 0.1
+    seed: int = 0
+    target: Target = 0
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """For people."""
+        if self.attack is None:
+            return f"{self.data}, no attack"
+        name = self.attack + (" all-to-all" if self.target == "all-to-all" else "")
+        return f"{self.data}, {name} {100 * self.rate:g} %"
+
+    def name(self, fingerprint: str) -> str:
+        """Of its folder: the same only for the same contents."""
+        content = json.dumps(
+            [asdict(self), fingerprint, MODELS[self.data], EPOCHS[self.data]], sort_keys=True
+        )
+        digest = hashlib.blake2b(content.encode(), digest_size=4).hexdigest()
+        return f"{self.data}-{self.attack or 'clean'}-{self.seed}-{digest}"
+
+
+def cases() -> list[Case]:
+    """All of the table, the controls first and single seeds before repeated ones."""
+    single = [
+        Case("cifar10", "badnets"),
+        Case("cifar10", "blended"),
+        Case("cifar10", "wanet"),
+        Case("cifar10", "sig", 0.08),
+        Case("cifar10", "label-consistent", 0.08),
+        Case("cifar10", "trojannn"),
+        Case("cifar10", "bpp"),
+        Case("cifar10", "low-frequency"),
+        Case("cifar10", "ftrojan"),
+        Case("cifar10", "input-aware"),
+        Case("cifar10", "adaptive-blend", 0.05),
+        Case("cifar10", "badnets", target="all-to-all"),
+    ]
+    names = ("badnets", "blended", "wanet")
+    gtsrb = [Case("gtsrb", name) for name in names]
+    rare = [Case("cifar10", name, 0.01) for name in names]
+    again = [Case("cifar10", name, seed=seed) for seed in (1, 2) for name in names]
+    return [*controls(), *single, *gtsrb, *rare, *again]
+
+
+def controls() -> list[Case]:
+    """One model a data set that never had a backdoor."""
+    return [control_of(data) for data in MODELS]
+
+
+def control_of(data: str) -> Case:
+    """That of a data set."""
+    return Case(data, None, 0.0, CONTROL_SEED)
+
+
+class Table:
+    """Where everything is."""
+
+    def __init__(self, runs: Path, data: dict[str, Path]) -> None:
+        self.runs, self._data = runs, data
+        self._fingerprints: dict[str, str] = {}
+
+    def folder(self, case: Case) -> Path:
+        """Of a planted model."""
+        if case.data not in self._fingerprints:
+            digest = hashlib.file_digest(self._data[case.data].open("rb"), "blake2b")
+            self._fingerprints[case.data] = digest.hexdigest()
+        return self.runs / "planted" / case.name(self._fingerprints[case.data])
+
+    def cell(self, case: Case, defense: str, seed: int, anchored: bool) -> Path:
+        """Of a defence's outcome."""
+        settings = json.dumps(SETTINGS.get(defense, {}), sort_keys=True)
+        digest = hashlib.blake2b(settings.encode(), digest_size=3).hexdigest()
+        name = f"{defense}{'+anchored' if anchored else ''}-{seed}-{digest}.json"
+        return self.runs / "cells" / self.folder(case).name / name
+
+    def plant(self, case: Case) -> None:
+        """Make the model unless it is there."""
+        folder = self.folder(case)
+        if (folder / "metrics.json").exists():
+            return
+        more: list[str] = []
+        for name, value in case.options.items():
+            more += ["--set", f"{name}={value}"]
+        if case.attack in ("trojannn", "low-frequency", "label-consistent"):
+            surrogate = Case(case.data, None, 0.0, SURROGATE_SEED)
+            self.plant(surrogate)
+            more += ["--surrogate", str(self.folder(surrogate) / "model.safetensors")]
+        call(
+            *("poison", "--data", self._data[case.data], "--split", "train"),
+            *("--eval-split", "test", "--model", MODELS[case.data]),
+            *("--attack", case.attack or "badnets", "--target", str(case.target)),
+            *("--rate", str(case.rate), "--epochs", str(EPOCHS[case.data])),
+            *("--seed", str(case.seed), "--out", folder, "--resume", "--quiet", *more),
+        )
+
+
+def call(*arguments: str | Path) -> None:
+    """One command of bdu, in this process."""
+    if bdu([str(a) for a in arguments]) != 0:
+        raise SystemExit(f"bdu {' '.join(map(str, arguments))} failed")
+
+
+# A cell.
+
+
+@dataclass
+class Planted:
+    """What `bdu poison` wrote."""
+
+    model: nn.Module
+    trigger: Trigger | None
+    target: Target
+    classes: int
+    parts: dict[str, tuple[Tensor, Tensor]]
+    triggered: tuple[Tensor, Tensor, Tensor]
+
+    def rates(self, model: nn.Module) -> dict[str, Any]:
+        """Of the evaluator's images."""
+        trigger = self.trigger
+        target = None if trigger is None else self.target
+        return evaluate(
+            model,
+            *self.parts["evaluator"],
+            num_classes=self.classes,
+            trigger=trigger,
+            target=target,
+        )
+
+
+def load_planted(folder: Path, case: Case) -> Planted:
+    """Read a folder of `bdu poison`."""
+    model = models.build(MODELS[case.data], num_classes=CLASSES[case.data]).eval()
+    load_into(model, folder / "model.safetensors")
+    parts, triggered = {}, None
+    for part in ("defender_clean", "defender_triggered", "retune", "evaluator"):
+        with np.load(folder / f"{part}.npz", allow_pickle=False) as arrays:
+            x = torch.from_numpy(arrays["x"])
+            x = x.permute(0, 3, 1, 2) if x.dtype == torch.uint8 else x
+            parts[part] = x.contiguous(), torch.from_numpy(arrays["y"]).long()
+            if part == "defender_triggered":
+                triggered = (*parts[part], torch.from_numpy(arrays["y_true"]).long())
+    assert triggered is not None
+    trigger = None if case.attack is None else load_attack(folder / "attack.json")
+    return Planted(model, trigger, case.target, CLASSES[case.data], parts, triggered)
+
+
+def measure(table: Table, case: Case, defense: str, seed: int, anchored: bool) -> dict[str, Any]:
+    """Run one defence on one case, and all attacks on what it returns."""
+    planted = load_planted(table.folder(case), case)
+    start = time.perf_counter()
+    cleaned, stopped, warned = defended(planted, defense, seed, anchored)
+    seconds = time.perf_counter() - start
+    before, after = planted.rates(planted.model), planted.rates(cleaned)
+    row: dict[str, Any] = {
+        "case": case.label,
+        "case_seed": case.seed,
+        "defense": defense,
+        "anchored": anchored,
+        "seed": seed,
+        "settings": SETTINGS.get(defense, {}),
+        "before": before,
+        "after": after,
+        "seconds": seconds,
+        "stopped": stopped,
+        "warnings": warned,
+        "versions": versions(),
+    }
+    if planted.trigger is not None:
+        row["der"] = defense_effectiveness_rate(
+            clean_accuracy_before=before["clean_accuracy"],
+            clean_accuracy_after=after["clean_accuracy"],
+            attack_success_rate_before=before["attack_success_rate"],
+            attack_success_rate_after=after["attack_success_rate"],
+        )
+        innocent = control_of(case.data)
+        control = load_planted(table.folder(innocent), innocent)
+        row |= attacked(planted, cleaned, control.model, seed)
+        if defense == "none":
+            retuned = retuned_model(planted, control.model, seed)
+            row["control_retuned"] = planted.rates(retuned)["attack_success_rate"]
+    return row
+
+
+def defended(
+    planted: Planted, defense: str, seed: int, anchored: bool
+) -> tuple[nn.Module, str, list[str]]:
+    """The cleaned model, how the run ended, and what it warned of."""
+    if defense == "none":
+        return planted.model, "", []
+    x, y = planted.parts["defender_clean"]
+    count = round(CLEAN_SHARE.get(defense, 1.0) * len(y))  # any prefix is in proportion
+    options: dict[str, Any] = dict(SETTINGS.get(defense, {}))
+    if defense == "balanced":
+        options["triggered"] = planted.triggered
+    elif anchored:
+        options["anchored"] = True
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = unlearn(
+            planted.model,
+            method=defense,
+            clean=(x[:count], y[:count]),
+            seed=seed,
+            progress=False,
+            **options,
+        )
+    own = [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
+    return result.model, result.stopped, own
+
+
+def retuned_model(planted: Planted, model: nn.Module, seed: int) -> nn.Module:
+    """After the retune attack."""
+    x, y = planted.parts["retune"]
+    wanted = target_labels(y, planted.target, planted.classes)
+    (candidates,) = torch.nonzero(y != wanted, as_tuple=True)
+    chosen = candidates[split_indices(len(candidates), [RETUNE_POISONED], seed)[0]]
+    assert planted.trigger is not None
+    bad = triggered_like(x[chosen], planted.trigger)
+    return retune(model, x, y, bad, wanted[chosen], seed=seed).eval()
+
+
+def attacked(
+    planted: Planted, cleaned: nn.Module, control: nn.Module, seed: int
+) -> dict[str, float]:
+    """ASR after each attack on the removal."""
+    assert planted.trigger is not None
+    trigger: Callable[[Tensor], Tensor] = planted.trigger
+    again = retuned_model(planted, copy.deepcopy(cleaned), seed)
+    rates = {"retuned": planted.rates(again)["attack_success_rate"]}
+    x, y = planted.parts["retune"]
+    count = REACTIVATION["images"]
+    wanted = target_labels(y, planted.target, planted.classes)
+    (others,) = torch.nonzero(y != wanted, as_tuple=True)
+    others = others[:count]
+    frozen = [copy.deepcopy(m).requires_grad_(False) for m in (cleaned, again, control)]
+    moved = reactivate(
+        *frozen,
+        x[:count],
+        y[:count],
+        triggered_like(x[others], planted.trigger),
+        y[others],
+        epochs=REACTIVATION["epochs"],
+        seed=seed,
+    )
+    both = evaluate(
+        cleaned,
+        *planted.parts["evaluator"],
+        num_classes=planted.classes,
+        trigger=lambda images: moved(trigger(images)),
+        target=planted.target,
+    )
+    rates["reactivated"] = both["attack_success_rate"]
+    path = path_success_rates(
+        cleaned,
+        planted.model,
+        *planted.parts["evaluator"],
+        trigger=trigger,
+        target=planted.target,
+        num_classes=planted.classes,
+        points=5,
+    )
+    return {**rates, "path": path}  # type: ignore[dict-item]
+
+
+# The whole.
+
+
+def work(table: Table, case: Case, options: argparse.Namespace) -> None:
+    """Plant a case and fill its cells, each in a process of its own."""
+    jobs: list[tuple[str, int, bool]] = []
+    for defense in options.defenses:
+        for anchored in (False, True) if options.anchored else (False,):
+            if anchored and defense in ("none", "balanced"):
+                continue
+            if defense == "balanced" and case.attack is None:
+                continue
+            jobs.append((defense, case.seed, anchored))
+    missing = [job for job in jobs if not table.cell(case, *job).exists()]
+    if not (table.folder(case) / "metrics.json").exists():
+        in_own_process(options, case, None)
+    for job in [] if options.plant_only else missing:
+        in_own_process(options, case, job)
+
+
+def in_own_process(
+    options: argparse.Namespace, case: Case, job: tuple[str, int, bool] | None
+) -> None:
+    """Run one piece of work; a failure is shown and leaves its cell empty."""
+    argument = json.dumps([asdict(case), job])
+    command = [sys.executable, __file__, *common_flags(options), "--job", argument]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        tqdm.write(f"{case.label} {job}: {done.stderr.strip().splitlines()[-1:]}")
+
+
+def common_flags(options: argparse.Namespace) -> list[str]:
+    """What every process is told."""
+    flags = ["--runs", str(options.runs)]
+    for name in ("cifar10", "gtsrb"):
+        if getattr(options, name) is not None:
+            flags += [f"--{name}", str(getattr(options, name))]
+    return flags
+
+
+def run_job(table: Table, argument: str) -> None:
+    """One piece of work, in this process."""
+    values, job = json.loads(argument)
+    case = Case(**values)
+    if job is None:
+        table.plant(case)
+        return
+    defense, seed, anchored = job
+    row = measure(table, case, defense, seed, anchored)
+    file = table.cell(case, defense, seed, anchored)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(file, json.dumps(row) + "\n")
+
+
+COLUMNS = (
+    ("clean accuracy", lambda row: row["after"]["clean_accuracy"]),
+    ("ASR", lambda row: row["after"]["attack_success_rate"]),
+    ("false-target rate", lambda row: row["after"]["false_target_rate"]),
+    ("robust accuracy", lambda row: row["after"]["robust_accuracy"]),
+    ("DER", lambda row: row.get("der")),
+    ("ASR retuned", lambda row: row.get("retuned")),
+    ("ASR reactivated", lambda row: row.get("reactivated")),
+    ("ASR half-way", lambda row: row["path"][2] if "path" in row else None),
+)
+
+
+def cell_text(values: Iterable[float | None]) -> str:
+    """Mean, and spread where there are several."""
+    known = [100 * value for value in values if value is not None]
+    if not known:
+        return "–"
+    spread = f" ± {statistics.stdev(known):.1f}" if len(known) > 1 else ""
+    return f"{statistics.mean(known):.1f}{spread}"
+
+
+def text_of(rows: list[dict[str, Any]], missing: list[str]) -> str:
+    """The table as Markdown."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    lines = [
+        f"Percent; mean ± standard deviation over the seeds counted; {MODELS['cifar10']} and "
+        f"{MODELS['gtsrb']}; commit {commit}; {date.today().isoformat()}; "
+        f"torch {versions()['torch']}. Columns: see bench/defenses.py.",
+        "",
+        "| case | defence | seeds | " + " | ".join(name for name, _ in COLUMNS) + " | seconds |",
+        "|---|---|---:|" + "---:|" * (len(COLUMNS) + 1),
+    ]
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        name = row["defense"] + (" + anchored" if row["anchored"] else "")
+        groups.setdefault((row["case"], name), []).append(row)
+    for (case, name), group in groups.items():
+        cells = [cell_text(column(row) for row in group) for _, column in COLUMNS]
+        seconds = statistics.median(row["seconds"] for row in group)
+        lines.append(
+            f"| {case} | {name} | {len(group)} | " + " | ".join(cells) + f" | {seconds:.0f} |"
+        )
+        controls = [row["control_retuned"] for row in group if "control_retuned" in row]
+        if controls:
+            lines.append(
+                f"| {case} | never backdoored | {len(controls)} | – | – | – | – | – | "
+                f"{cell_text(controls)} | – | – | – |"
+            )
+    if missing:
+        lines += ["", f"Not run: {len(missing)} cells: {'; '.join(missing)}."]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Run what is missing and write the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cifar10", type=Path, default=None)
+    parser.add_argument("--gtsrb", type=Path, default=None)
+    parser.add_argument("--runs", type=Path, required=True, help="folder for models and cells")
+    parser.add_argument("--only", nargs="+", default=None, help="cases whose label holds one of")
+    parser.add_argument("--defenses", nargs="+", choices=DEFENSES, default=list(DEFENSES))
+    parser.add_argument("--anchored", action="store_true", help="each also in its anchored form")
+    parser.add_argument("--processes", type=int, choices=(1, 2), default=2)
+    parser.add_argument("--plant-only", action="store_true")
+    parser.add_argument("--tabulate-only", action="store_true", help="run nothing")
+    parser.add_argument("--job", default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--json", type=Path, default=None)
+    parser.add_argument("--markdown", type=Path, default=None)
+    options = parser.parse_args()
+    data = {n: getattr(options, n) for n in MODELS if getattr(options, n) is not None}
+    table = Table(options.runs, data)
+    if options.job is not None:
+        run_job(table, options.job)
+        return
+    chosen = [
+        case
+        for case in cases()
+        if case.data in data
+        and (options.only is None or any(part in case.label for part in options.only))
+    ]
+    if not options.tabulate_only:
+        for name in {case.data for case in chosen}:
+            if not (table.folder(control_of(name)) / "metrics.json").exists():
+                in_own_process(options, control_of(name), None)
+        with ThreadPoolExecutor(options.processes) as pool:
+            jobs = [pool.submit(work, table, case, options) for case in chosen]
+            for job in tqdm(jobs, unit="case"):
+                job.result()
+    rows, missing = [], []
+    for case in chosen:
+        for defense in options.defenses:
+            for anchored in (False, True):
+                file = table.cell(case, defense, case.seed, anchored)
+                if file.exists():
+                    rows.append(json.loads(file.read_text()))
+                elif not anchored or options.anchored:
+                    missing.append(f"{case.label} seed {case.seed} {defense}")
+    text = text_of(rows, missing)
+    print(text)
+    if options.json is not None:
+        atomic_write(options.json, json.dumps(rows, indent=1) + "\n")
+    if options.markdown is not None:
+        atomic_write(options.markdown, text)
+
+
+if __name__ == "__main__":
+    main()
