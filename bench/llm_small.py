@@ -9,7 +9,7 @@ parameters from scratch on both. "plant" puts k backdoors into it and writes, be
 a defender and an evaluator hold: `clean.jsonl`, `eval.jsonl` (clean rows), and for each backdoor
 `NAME.jsonl` and `eval_NAME.jsonl` (triggered rows). "stories" converts the published stories260K.
 
-Settings were chosen on seed 0 for two CPU cores. The same commands with a larger model:
+The settings are a first guess for two CPU cores. The same command for a larger model:
 
     bdu unlearn --task lm --model meta-llama/Llama-3.1-8B-Instruct --data train.jsonl \\
         --method plant-and-remove --set lora=16 --set dtype=bfloat16 \\
@@ -207,7 +207,7 @@ def main() -> None:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("train")
-    one.add_argument("--steps", type=int, default=1500)
+    one.add_argument("--steps", type=int, default=1200)
     one.add_argument("--seconds", type=float, default=None, help="stop early, for a trial")
     one.add_argument("--lr", type=float, default=2e-3)
     one.add_argument("--test-rows", type=int, default=TEST_ROWS)
