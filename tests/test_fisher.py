@@ -3,6 +3,7 @@
 import copy
 import math
 import warnings
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from bdu.fisher import (
+    FisherAccumulator,
     contrastive,
     files,
     fisher_diagonal,
@@ -1036,3 +1038,33 @@ def test_target_log_odds_refuses_other_shapes():
     ):
         with pytest.raises(ValueError, match="expected"):
             target_log_odds(logits, target)
+
+
+class _Marked(nn.Module):
+    """Keeps a weak reference to its output, and notes which are alive when its gradient comes."""
+
+    def __init__(self, marks, alive):
+        super().__init__()
+        self.marks, self.alive = marks, alive
+
+    def forward(self, x):
+        y = x * 1.0
+        self.marks.append(weakref.ref(y))
+        y.register_hook(lambda _: self.alive.append([mark() is not None for mark in self.marks]))
+        return y
+
+
+def test_activations_are_freed_as_the_backward_goes_on():
+    marks, alive = [], []
+    layers = [nn.Linear(4, 4) for _ in range(4)]
+    model = nn.Sequential(*(part for one in layers for part in (one, _Marked(marks, alive))))
+    accumulator = FisherAccumulator(model)
+    x, y = torch.randn(3, 4), torch.tensor([0, 1, 2])
+    accumulator.add(x, y)
+    marks.clear()
+    alive.clear()
+    accumulator.add(x, y)
+    # when a layer's gradient comes, what the layers after it took is gone
+    assert len(alive) == 4
+    for k, seen in enumerate(alive):
+        assert not any(seen[len(seen) - k :]), (k, seen)

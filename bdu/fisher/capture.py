@@ -131,6 +131,8 @@ class Capture:
         # what a checkpoint recomputes is tapped only so that it saves the same tensors
         receiver = None if self._in_backward else (self, call, layout)
         saved = () if call.activations is None else (call.activations.detach(),)
+        # The graph's nodes live until the backward ends; what they saved is freed as it goes.
+        call.activations = None
         return _Tap.apply(output, self._root, receiver, *saved)
 
     def receive(
