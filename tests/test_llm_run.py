@@ -149,6 +149,24 @@ def kill_at(monkeypatch, phase, step):
     monkeypatch.setattr(UnlearnTrainer, "_save_checkpoint", save)
 
 
+def test_run_killed_between_its_stages_resumes_to_the_same_weights(
+    folder, planted, tmp_path, monkeypatch
+):
+    original = UnlearnTrainer.train
+
+    def train(self, *args, **kwargs):
+        if "remove" in str(self.args.output_dir):
+            raise Killed
+        return original(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(UnlearnTrainer, "train", train)
+        with pytest.raises(Killed):
+            unlearn(folder, tmp_path / "run", *PLANT)
+    assert unlearn(folder, tmp_path / "run", *PLANT, "--resume") == 0
+    assert_same(weights(tmp_path / "run"), weights(planted))
+
+
 @pytest.mark.parametrize("phase", ["plant", "remove"])
 def test_killed_run_resumes_to_the_same_weights(folder, planted, tmp_path, monkeypatch, phase):
     with monkeypatch.context() as patch:
