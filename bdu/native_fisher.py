@@ -78,7 +78,8 @@ def _square(tensor: Tensor, place: int) -> Tensor:
         return tensor.square()
     buffers: dict[int, Tensor] = _kept.__dict__.setdefault("buffers", {})
     if place not in buffers or buffers[place].numel() < tensor.numel():
-        buffers[place] = torch.empty(tensor.numel())
+        with torch.inference_mode(False):  # or it could never be written again outside
+            buffers[place] = torch.empty(tensor.numel(), dtype=torch.float32)
     return torch.mul(tensor, tensor, out=buffers[place][: tensor.numel()].view(tensor.shape))
 
 

@@ -64,21 +64,51 @@ class Call:
 
 
 class Watch(TorchFunctionMode):
-    """Hands every call that a rule knows to `seen(call, output)` and returns what that returns."""
+    """Hands every call that a rule knows to `seen(call, output)` and returns what that returns.
 
-    def __init__(self, known: Known, seen: Callable[[Call, Tensor], Tensor]) -> None:
+    Any other function that makes a tensor of a known parameter is told to `other(name, function)`.
+    """
+
+    def __init__(
+        self,
+        known: Known,
+        seen: Callable[[Call, Tensor], Tensor],
+        other: Callable[[str, Any], None],
+    ) -> None:
         super().__init__()
-        self._known, self._seen = known, seen
+        self._known, self._seen, self._other = known, seen, other
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.multi_head_attention_forward:
             with self:
                 return _attention(*args, **kwargs)
-        rule = _RULES.get(func)
-        call = None if rule is None else rule(self._known, *args, **kwargs)
+        call = self._call(func, args, kwargs)
         output = func(*args, **kwargs)
-        return output if call is None else self._seen(call, output)
+        if call is not None:
+            return self._seen(call, output)
+        if isinstance(output, Tensor | tuple | list):
+            for name in self._named(args) | self._named(kwargs.values()):
+                self._other(name, func)
+        return output
+
+    def _call(self, func: Any, args: Any, kwargs: Any) -> Call | None:
+        rule = _RULES.get(func)
+        if rule is None:
+            return None
+        try:
+            return rule(self._known, *args, **kwargs)
+        except TypeError:  # one of torch's older forms, with its arguments in another order
+            return None
+
+    def _named(self, args: Any) -> set[str]:
+        found = set()
+        for arg in args:
+            if isinstance(arg, tuple | list):
+                found |= self._named(arg)
+            elif id(arg) in self._known:
+                found.add(self._known[id(arg)])
+        return found
 
 
 def _undispatched(function: Any) -> Any:
@@ -100,6 +130,8 @@ def _names(known: Known, **roles: Any) -> dict[str, str]:
 
 def _linear(known: Known, input: Tensor, weight: Tensor, bias: Any = None) -> Call | None:
     if not (names := _names(known, weight=weight, bias=bias)) or id(input) in known:
+        return None
+    if bias is not None and bias.shape != weight.shape[:1]:
         return None
     needed = input if "weight" in names else None
     return Call("linear", names, needed, input.dim() - 1)
@@ -271,6 +303,13 @@ def _sum(known: Known, input: Any, other: Any, *, alpha: Any = 1, out: Any = Non
     return Call("sum", _names(known, weight=parameter), None, input.dim(), settings)
 
 
+def _sum_in_place(known: Known, input: Any, other: Any, *, alpha: Any = 1) -> Call | None:
+    # Through a view it changes another tensor, which goes on without a tap on it.
+    if isinstance(input, Tensor) and input._is_view():
+        return None
+    return _sum(known, input, other, alpha=alpha)
+
+
 def _parameter_and_input(known: Known, one: Any, other: Any) -> tuple[Tensor, Tensor] | None:
     if id(one) in known:
         one, other = other, one
@@ -289,7 +328,9 @@ def _expand(known: Known, input: Tensor, *sizes: Any, implicit: bool = False) ->
     flat = tuple(sizes[0]) if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
     # copies a sample: everything after the first axis as it is
     own = tuple(input.shape)
-    pairs = zip(flat[1:], own[len(own) - len(flat) + 1 :], strict=False)
+    if len(own) not in (len(flat), len(flat) - 1):
+        return None
+    pairs = zip(flat[1:], own[len(own) - len(flat) + 1 :], strict=True)
     rest = tuple(n if size == -1 else size for size, n in pairs)
     if not names or not flat or (own != rest and own != (1, *rest)):
         return None
@@ -331,10 +372,10 @@ _RULES: dict[Any, Callable[..., Call | None]] = {
     Tensor.__rmul__: _product,
     torch.add: _sum,
     Tensor.add: _sum,
-    Tensor.add_: _sum,
+    Tensor.add_: _sum_in_place,
     Tensor.__add__: _sum,
     Tensor.__radd__: _sum,
-    Tensor.__iadd__: _sum,
+    Tensor.__iadd__: _sum_in_place,
     Tensor.expand: _expand,
     Tensor.expand_as: _expand_as,
     Tensor.repeat: _repeat,

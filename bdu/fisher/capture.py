@@ -38,12 +38,14 @@ class Plan:
     Attributes:
         parameters: name → parameter, of those that taps give.
         layouts: (kind of call, name) → where the samples are.
+        others: (name, function) that a parameter was given to besides, without effect on the loss.
         classes: of the model's logits.
     """
 
     parameters: Mapping[str, nn.Parameter]
     layouts: Mapping[tuple[str, str], Layout]
     classes: int
+    others: frozenset[tuple[str, Any]] = frozenset()
 
 
 class Capture:
@@ -64,7 +66,8 @@ class Capture:
         self._plan, self._totals, self._gradients = plan, totals, gradients
         # A backward on a device runs in another thread, which knows nothing of this one's choice.
         self._backend = dispatch.forced_backend()
-        self._watch = Watch({id(p): n for n, p in plan.parameters.items()}, self._seen)
+        names = {id(p): name for name, p in plan.parameters.items()}
+        self._watch = Watch(names, self._seen, self._refuse_other)
 
     @contextmanager
     def batch(self, samples: int, positions: set[int]) -> Iterator[None]:
@@ -100,9 +103,14 @@ class Capture:
         if not torch.is_grad_enabled() or not isinstance(output, Tensor):
             return output
         names = list(call.names.values())
+        if (call.kind, names[0]) not in self._plan.layouts:
+            shown = ", ".join(names)
+            raise RuntimeError(
+                f"{shown}: expected the uses of the first batch, got another: {call.kind}"
+            )
         layout = self._plan.layouts[call.kind, names[0]]
         if layout.is_repeated:
-            output = repeated(output, self._samples)
+            output = repeated(output, self._samples, layout.leads)
         elif not layout.fits(output.shape, call.positions, self._samples, self._positions):
             raise RuntimeError(
                 f"{', '.join(names)}: expected {self._samples} samples in axis {layout.axis} "
@@ -134,6 +142,18 @@ class Capture:
         # The graph's nodes live until the backward ends; what they saved is freed as it goes.
         call.activations = None
         return _Tap.apply(output, self._root, receiver, *saved)
+
+    def _refuse_other(self, name: str, function: Any) -> None:
+        if torch.is_grad_enabled() and (name, function) not in self._plan.others:
+            shown = getattr(function, "__name__", function)
+            raise RuntimeError(
+                f"{name}: expected the uses of the first batch, got another: {shown}"
+            )
+
+    @property
+    def is_in_backward(self) -> bool:
+        """Whether gradients that arrive are those of the samples' losses."""
+        return self._in_backward
 
     def receive(
         self, call: Call, layout: Layout, activations: Tensor | None, gradients: Tensor
@@ -217,9 +237,9 @@ class Capture:
                 kept[name].add_(own.to(kept[name].device))
 
 
-def repeated(output: Tensor, samples: int) -> Tensor:
+def repeated(output: Tensor, samples: int, leads: bool) -> Tensor:
     """The output of a call that knows no samples, once for each sample, in front."""
-    if output.shape[:1] == (1,):
+    if leads:
         output = output[0]
     return output.expand(samples, *output.shape).clone()
 
@@ -229,7 +249,7 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, root: Tensor, receiver: Any, *saved: Tensor) -> Tensor:
-        ctx.receiver = receiver
+        ctx.receiver, ctx.is_used = receiver, False
         ctx.save_for_backward(*saved)
         ctx.mark_dirty(output)  # the same tensor: nothing is copied
         ctx.set_materialize_grads(False)
@@ -237,8 +257,15 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradients: Tensor | None) -> tuple[Any, ...]:
-        if gradients is not None and ctx.receiver is not None:
+        # A model may differentiate something of its own on the way.
+        if gradients is not None and ctx.receiver is not None and ctx.receiver[0].is_in_backward:
             capture, call, layout = ctx.receiver
+            if ctx.is_used:
+                raise RuntimeError(
+                    f"{', '.join(call.names.values())}: expected one backward through the layer, "
+                    "got another, from inside the model"
+                )
+            ctx.is_used = True
             try:
                 saved = ctx.saved_tensors
             except RuntimeError as error:

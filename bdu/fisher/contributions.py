@@ -106,10 +106,10 @@ def add_squares(total: Tensor, gradient: Tensor | None, uses: Sequence[Contribut
     elif all(isinstance(use, Rows) for use in uses):
         _add_one(total, gradient, joined_rows([use for use in uses if isinstance(use, Rows)]))
     elif all(isinstance(use, Tokens) for use in uses):
-        tokens = [use for use in uses if isinstance(use, Tokens)]
+        tokens = [_unpadded(use) for use in uses if isinstance(use, Tokens)]
         indices = torch.cat([use.indices for use in tokens], 1)
         gradients = torch.cat([use.gradients for use in tokens if use.gradients is not None], 1)
-        _add_one(total, gradient, Tokens(indices, gradients, tokens[0].padding_idx))
+        _add_one(total, gradient, Tokens(indices, gradients, None))
     else:
         whole = sum(_per_sample(use, total.shape) for use in uses)
         assert isinstance(whole, Tensor)
@@ -117,6 +117,14 @@ def add_squares(total: Tensor, gradient: Tensor | None, uses: Sequence[Contribut
             total.addcmul_(one, one)
         if gradient is not None:
             gradient.add_(whole.sum(0))
+
+
+def _unpadded(use: Tokens) -> Tokens:
+    """The same without a padding_idx, which another use of the table need not have."""
+    if use.padding_idx is None or use.gradients is None:
+        return use
+    padding = (use.indices == use.padding_idx).unsqueeze(2)
+    return Tokens(use.indices, use.gradients.masked_fill(padding, 0), None)
 
 
 def joined_rows(uses: Sequence[Rows]) -> Rows:
@@ -146,6 +154,14 @@ def _add_one(total: Tensor, gradient: Tensor | None, use: Contribution) -> None:
             weight_gradient=gradient,
         )
     elif isinstance(use, Scaled):
+        if not total.is_contiguous():  # a total that is laid out as images are
+            dense = torch.zeros_like(total, memory_format=torch.contiguous_format)
+            plain = None if gradient is None else torch.zeros_like(dense)
+            _add_one(dense, plain, use)
+            total.add_(dense)
+            if gradient is not None and plain is not None:
+                gradient.add_(plain)
+            return
         flat = total.view(-1)
         own = None if gradient is None else gradient.view(-1)
         if use.activations is None:

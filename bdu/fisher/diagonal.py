@@ -30,6 +30,7 @@ from bdu.fisher.likelihood import (
 from bdu.fisher.model import (
     batches,
     known_positions,
+    mapped,
     moved,
     refuse_coupled_samples,
     rows_of,
@@ -119,6 +120,10 @@ def fisher_diagonal(
     file = None if resume is None else Path(resume)
     if file is not None and file.exists():
         accumulator.load(file)
+        if samples is not None and accumulator.rows > samples:
+            raise ValueError(
+                f"resume: expected at most {samples} rows in {file}, got {accumulator.rows}"
+            )
     saved = time.monotonic()
     bar = tqdm(
         total=total, initial=accumulator.rows, desc="Fisher", unit="row", disable=not progress
@@ -132,7 +137,8 @@ def fisher_diagonal(
                     accumulator.save(file)
                     saved = time.monotonic()
     except KeyboardInterrupt:
-        if file is not None and accumulator.samples:
+        # Within a batch the sums hold part of it; the file then stays at the last whole one.
+        if file is not None and accumulator.samples and not accumulator._is_incomplete:
             accumulator.save(file)
         raise
     fisher = accumulator._finished()
@@ -196,6 +202,7 @@ class FisherAccumulator:
             for name, p in self._selected.items()
         }
         self._plan: Plan | None = None
+        self._is_incomplete = False  # whether a batch was added in part
         self.samples = self.rows = 0
 
     def add(self, x: Any, y: Tensor) -> Tensor:
@@ -223,6 +230,8 @@ class FisherAccumulator:
         """F, the mean over all samples so far; see :func:`fisher_diagonal`."""
         if not self.samples:
             raise ValueError("loader: expected at least one sample, got none")
+        if self._is_incomplete:
+            raise RuntimeError("accumulator: expected whole batches, got one that failed half-way")
         _check_finite(self._totals)
         return {name: (total / self.samples).contiguous() for name, total in self._totals.items()}
 
@@ -258,6 +267,7 @@ class FisherAccumulator:
         for name, total in state["totals"].items():
             self._totals[name].copy_(total)
         self.samples, self.rows = state["samples"], state["rows"]
+        self._is_incomplete = False
         self._generator.set_state(state["generator"])
 
     def _computation(self) -> dict[str, Any]:
@@ -268,23 +278,48 @@ class FisherAccumulator:
             "sample": self._sample,
             "seed": self._seed,
             "parameters": {name: list(p.shape) for name, p in self._selected.items()},
-            "model": {name: _fingerprint(p) for name, p in self._selected.items()},
+            "model": {name: _fingerprint(t) for name, t in self._model.state_dict().items()},
         }
+
+    def _check_parameters(self) -> None:
+        known = dict(self._model.named_parameters(remove_duplicate=False))
+        for name, parameter in self._selected.items():
+            if known.get(name) is not parameter:
+                raise RuntimeError(
+                    f"{name}: expected the same parameter as when this was made, got another"
+                )
 
     def _add(self, x: Any, y: Tensor, sums: Mapping[str, Tensor] | None) -> Tensor:
         """Within `untouched`."""
+        if self._is_incomplete:
+            raise RuntimeError(
+                "accumulator: expected whole batches, got one that failed half-way; start anew or "
+                "load() what was saved"
+            )
+        refuse_coupled_samples(self._model)
+        self._check_parameters()
         x, y = moved(x, self._device), y.to(self._device)
+        losses = self._add_rows(x, y, sums)
         self.rows += len(y)
+        return losses
+
+    def _add_rows(self, x: Any, y: Tensor, sums: Mapping[str, Tensor] | None) -> Tensor:
         if self._sample == "sequence":
             return self._add_samples(x, y, sums)
         if y.dim() != 2:
             raise ValueError(f'loader: expected y (B, T) with sample="token", got {tuple(y.shape)}')
+        if self._labels == "model" and len(y):  # row by row, whatever the size of the batch
+            with torch.no_grad():
+                logits = run(self._model, mapped(x, torch.clone))
+            y = drawn_labels(logits, y, self._generator)
         losses = torch.zeros(len(y), device=y.device)
         for position in range(y.shape[1]):
             (labelled,) = torch.nonzero(y[:, position] != IGNORED_LABEL, as_tuple=True)
             alone = torch.full_like(y[labelled], IGNORED_LABEL)
             alone[:, position] = y[labelled, position]
             losses[labelled] += self._add_samples(rows_of(x, labelled), alone, sums).float()
+            self._is_incomplete = True
+        self._is_incomplete = False
         return losses
 
     def _add_samples(self, x: Any, y: Tensor, sums: Mapping[str, Tensor] | None) -> Tensor:
@@ -293,25 +328,29 @@ class FisherAccumulator:
         if self._plan is None:
             draw = self._by_name or self._labels == "model"
             self._plan = make_plan(self._model, self._selected, self._losses, x, y, draw)
-            rest = {
-                name: p.detach()
-                for name, p in self._selected.items()
-                if name not in self._plan.parameters
-            }
-            self._per_sample = PerSample(self._model, rest, self._losses)
-        if self._by_name and self._labels == "empirical":
+            self._per_sample = PerSample(self._model, {}, self._losses)
+        # As they are now: p.data may be another tensor than in the batch before.
+        planned = self._plan.parameters
+        rest = {name: p.detach() for name, p in self._selected.items() if name not in planned}
+        self._per_sample.parameters = rest
+        draws = self._labels == "model" and self._sample == "sequence"
+        if self._by_name and not draws:
             check_labels(y, self._plan.classes)
         capture = Capture(self._plan, self._totals, sums)
         with capture.batch(len(y), known_positions(x)):
-            logits = run(self._model, x)
+            # A model that prepares its input in place must find it as it was when it runs again.
+            logits = run(self._model, mapped(x, torch.clone))
             with torch._C.DisableTorchFunction() if self._by_name else nullcontext():
-                if self._labels == "model":
+                if draws:
                     y = drawn_labels(logits.detach(), y, self._generator)
                 losses = self._losses(logits, y)
                 total = losses.sum()
             del logits
+            self._is_incomplete = True
             capture.backward(total)
-        self._per_sample.add(x, y, self._totals, sums)
+        if rest:
+            self._per_sample.add(mapped(x, torch.clone), y, self._totals, sums)
+        self._is_incomplete = False
         if self.samples == 0:
             _check_finite(self._totals)
         self.samples += len(y)

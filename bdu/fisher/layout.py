@@ -23,11 +23,13 @@ class Layout:
 
     order: "alone": nothing else; "sample first" and "position first": axis 0 holds samples and
     positions, the positions of one sample together or not; "repeated": the function was called
-    without samples and its output repeated for each, in front.
+    without samples and its output repeated for each, in front, instead of an axis of one that leads
+    it or as a new axis.
     """
 
     axis: int
     order: Order = "alone"
+    leads: bool = False
 
     @property
     def is_repeated(self) -> bool:

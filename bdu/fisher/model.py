@@ -35,6 +35,8 @@ def refuse_coupled_samples(model: nn.Module) -> None:
         raise ValueError("model: expected a module in Python, got one of TorchScript")
     for name, module in model.named_modules():
         match module:
+            case torch.jit.ScriptModule(training=True):
+                why = "is of TorchScript and in training mode, so it may mix samples unseen"
             case _BatchNorm() if module.training or module.running_mean is None:
                 why = "takes its batch's statistics, so no sample has a gradient of its own"
             case _NormBase(training=True, track_running_stats=True):

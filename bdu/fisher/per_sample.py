@@ -22,6 +22,8 @@ _VMAP_LIMITS = (
     "Batching rule",
     "During a grad",
     "doesn't match the broadcast shape",  # recurrent layers, which write in place
+    "don't yet support saved tensor hooks",  # checkpoints
+    "Cannot access data pointer",  # a model that leaves torch
 )
 
 

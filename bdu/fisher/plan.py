@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,6 +27,8 @@ class _Trial:
     calls: list[tuple[Call, Tensor]]
     logits: Tensor
     losses: Tensor
+    leaks: bool  # whether the loss has parameters of its own
+    others: frozenset[tuple[str, Any]]  # (name, function that no rule knows)
 
 
 def make_plan(
@@ -58,13 +60,20 @@ def make_plan(
     if two.losses.grad_fn is None:
         raise ValueError("loss: expected a function of the model's parameters, got one detached")
 
+    if two.leaks:
+        raise ValueError(
+            "loss: expected a function of logits and y alone, got one that uses parameters"
+        )
     layouts = _layouts(one, two, known_positions(x))
     edges = _edges(two.losses.grad_fn)
     counts = Counter(name for call, _ in two.calls for name in call.names.values())
+    idle = _idle(two)
     names = {
         name
         for name, parameter in selected.items()
-        if counts[name] == edges[id(parameter)] > 0 and _is_complete(name, two, layouts)
+        if counts[name] == edges[id(parameter)] > 0
+        and name not in idle
+        and _is_complete(name, two, layouts)
     }
     unbatched = {key for key, layout in layouts.items() if layout and layout.is_repeated}
     if any(name in names for _, name in unbatched):
@@ -74,12 +83,16 @@ def make_plan(
         else:
             two = tapped
     _refuse_mixing(two, layouts, names)
+    second = attempt(1, first=1)
+    for own, trial in enumerate((one, second)):
+        _refuse_other_logits(trial.logits, two.logits[own : own + 1])
     for parameter in selected.values():
         parameter.requires_grad_(False)
     return Plan(
         {name: p for name, p in selected.items() if name in names},
         {key: layout for key, layout in layouts.items() if layout and key[1] in names},
         two.logits.shape[-1],
+        two.others,
     )
 
 
@@ -92,8 +105,10 @@ def _attempt(
     draw: bool,
     size: int,
     change: Callable[[Call, Tensor], Tensor] = lambda call, output: output,
+    first: int = 0,
 ) -> _Trial:
     calls: list[tuple[Call, Tensor]] = []
+    others: set[tuple[str, Any]] = set()
 
     def seen(call: Call, output: Tensor) -> Tensor:
         output = change(call, output)
@@ -101,15 +116,17 @@ def _attempt(
         calls.append((call, output))
         return output.clone()  # an in-place activation may follow
 
-    rows = [min(i, len(y) - 1) for i in range(size)]
+    rows = [min(i, len(y) - 1) for i in range(first + size)]
     x_trial, labels = rows_of(x, rows), y[rows]
-    if len(y) == 1 < size:  # a sample unlike the first, to tell their positions apart
+    if len(y) == 1 < len(rows):  # a sample unlike the first, to tell their positions apart
         x_trial = mapped(x_trial, _second_reversed)
-    with Watch(by_id, seen):
-        logits = run(model, x_trial)
+    x_trial, labels = rows_of(x_trial, slice(first, None)), labels[first:]
+    with Watch(by_id, seen, lambda name, function: others.add((name, function))):
+        logits = run(model, mapped(x_trial, torch.clone))
     if draw:
         labels = drawn_labels(logits.detach(), labels, torch.Generator())
-    return _Trial(calls, logits, losses(logits, labels))
+    leaks = losses(logits.detach(), labels).requires_grad
+    return _Trial(calls, logits, losses(logits, labels), leaks, frozenset(others))
 
 
 def _second_reversed(tensor: Tensor) -> Tensor:
@@ -131,7 +148,7 @@ def _layouts(one: _Trial, two: _Trial, positions: set[int]) -> dict[tuple[str, s
 
 def _layout(call: Call, one: Tensor, two: Tensor, known: set[int]) -> Layout | None:
     if call.kind == "embedding" and one.shape == two.shape and one.dim() <= 3:
-        return Layout(0, "repeated")
+        return Layout(0, "repeated", leads=two.shape[:1] == (1,))
     possible = candidates(one.shape, two.shape, call.positions)
     possible = [p for p in possible if p.fits(two.shape, call.positions, 2, known)]
     if len(possible) > 1:
@@ -177,12 +194,14 @@ def _with_repetition(
 
     def change(call: Call, output: Tensor) -> Tensor:
         layout = layouts[call.kind, next(iter(call.names.values()))]
-        return repeated(output, 2) if layout and layout.is_repeated else output
+        if layout is None or not layout.is_repeated:
+            return output
+        return repeated(output, 2, layout.leads)
 
     try:
         trial = attempt(2, change)
-    except RuntimeError:  # shapes that no longer fit
-        return None
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError):
+        return None  # shapes that no longer fit, whoever says so
     tolerance = torch.finfo(trial.logits.dtype).eps ** 0.5
     same = trial.logits.shape == plain.logits.shape and torch.allclose(
         trial.logits, plain.logits, tolerance, tolerance, equal_nan=True
@@ -190,10 +209,40 @@ def _with_repetition(
     return trial if same else None
 
 
+def _idle(trial: _Trial) -> set[str]:
+    """Parameters with a call whose output has no influence on the losses: another use may hide
+    behind it where edges are counted."""
+    found = [(call, output) for call, output in trial.calls if output.requires_grad]
+    outputs = [output for _, output in found]
+    gradients: Sequence[Tensor | None] = ()
+    if outputs:
+        gradients = torch.autograd.grad(
+            trial.losses.sum(), outputs, allow_unused=True, retain_graph=True
+        )
+    used = {id(call) for (call, _), g in zip(found, gradients, strict=True) if g is not None}
+    return {name for call, _ in trial.calls if id(call) not in used for name in call.names.values()}
+
+
+def _refuse_other_logits(alone: Tensor, beside: Tensor) -> None:
+    """Raise ValueError if a sample's logits are others beside another sample."""
+    alone, beside = alone.detach(), beside.detach()
+    if alone.shape != beside.shape:  # padded to another length, for one
+        return
+    tolerance = torch.finfo(alone.dtype).eps ** 0.5
+    finite = alone[torch.isfinite(alone)].abs()
+    scale = float(finite.max()) if len(finite) else 0.0
+    if not torch.allclose(alone, beside, tolerance, tolerance * scale, equal_nan=True):
+        difference = float((alone - beside).abs().max())
+        raise ValueError(
+            "model: expected samples that do not depend on each other or on chance, got logits of "
+            f"one that differ by {difference:g} beside another"
+        )
+
+
 def _refuse_mixing(
     trial: _Trial, layouts: Mapping[tuple[str, str], Layout | None], names: set[str]
 ) -> None:
-    """Raise ValueError if the loss of the first sample depends on the second."""
+    """Raise ValueError if the loss of a sample depends on the other."""
     tapped = [
         (call, output, layout)
         for call, output in trial.calls
@@ -201,20 +250,23 @@ def _refuse_mixing(
         if layout is not None and names.issuperset(call.names.values())
     ]
     inputs = [trial.logits, *(output for _, output, _ in tapped)]
-    gradients = torch.autograd.grad(trial.losses[0], inputs, allow_unused=True)
     places = [("loss", Layout(0)), *(("model", layout) for _, _, layout in tapped)]
     who = ["", *(", ".join(call.names.values()) for call, _, _ in tapped)]
-    for (what, layout), gradient, call in zip(places, gradients, who, strict=True):
-        if gradient is None:
-            continue
-        other = layout.one_sample(gradient, 2, 1)
-        # what is not finite says nothing
-        if bool(((other != 0) & torch.isfinite(other)).any()):
-            where = f" through {call}" if call else ""
-            raise ValueError(
-                f"{what}: expected samples that do not depend on each other, "
-                f"got one whose loss depends on another{where}"
-            )
+    for own in (0, 1):
+        gradients = torch.autograd.grad(
+            trial.losses[own], inputs, allow_unused=True, retain_graph=own == 0
+        )
+        for (what, layout), gradient, call in zip(places, gradients, who, strict=True):
+            if gradient is None:
+                continue
+            other = layout.one_sample(gradient, 2, 1 - own)
+            # what is not finite says nothing
+            if bool(((other != 0) & torch.isfinite(other)).any()):
+                where = f" through {call}" if call else ""
+                raise ValueError(
+                    f"{what}: expected samples that do not depend on each other, "
+                    f"got one whose loss depends on another{where}"
+                )
 
 
 def _edges(root: Any) -> Counter[int]:
