@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import html
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 import yaml
 
 from bdu.checkpoint import atomic_write
+from bdu.monitor.answers import answers_section
 from bdu.monitor.charts import Curve, bar_table, line_chart
 from bdu.monitor.panels import data_uri, outlined, overlay
 from bdu.runs import RunDirectory
@@ -33,6 +34,23 @@ _RATES = {
     "false_target_rate": (
         "False-target rate",
         "the same images without the trigger called the target: the floor of ASR",
+    ),
+}
+
+# The same of language models, whose runs have answers.jsonl.
+_LANGUAGE_RATES = {
+    "clean_accuracy": ("Clean accuracy", "prompts without a trigger answered as they should be"),
+    "attack_success_rate": (
+        "Attack success rate (ASR)",
+        "prompts with the trigger answered as the attacker wants",
+    ),
+    "robust_accuracy": (
+        "Robust accuracy",
+        "the same prompts with the trigger answered as they should be",
+    ),
+    "false_target_rate": (
+        "False-target rate",
+        "prompts without the trigger answered as the attacker wants: the floor of ASR",
     ),
 }
 
@@ -65,6 +83,8 @@ td.number, th.number { text-align: right; font-variant-numeric: tabular-nums;
   white-space: nowrap; }
 td.bar { width: 40%; min-width: 6rem; } td.bar span { display: block; height: .7rem;
   background: var(--blue); }
+td.said { white-space: pre-wrap; overflow-wrap: anywhere; vertical-align: top;
+  font: .85rem/1.4 ui-monospace, monospace; min-width: 9rem; }
 td.picture { padding: .3rem; border: 0; } td.picture img { display: block; width: 96px;
   height: 96px; image-rendering: pixelated; }
 table.pictures { width: auto; } table.pictures th { border: 0; font-weight: normal; }
@@ -89,10 +109,14 @@ def write_report(directory: RunDirectory) -> Path:
     metrics, config = _read(directory)
     command = str(config.pop("command", metrics.get("method", "run")))
     lines = directory.read_lines()
+    answers = answers_section(directory.path / "answers.jsonl")
+    asked = "prompts" if answers else "images"
     parts = [
         f"<h1>bdu {html.escape(command)}</h1>",
-        f'<p class="verdict">{html.escape(verdict(metrics, lines))}</p>',
-        _outcome(metrics),
+        f'<p class="verdict">{html.escape(verdict(metrics, lines, asked))}</p>',
+        _outcome(metrics, _LANGUAGE_RATES if answers else _RATES),
+        _perplexity(metrics),
+        answers,
         _curves(lines),
         _attention(directory, lines),
         _weight_change(metrics),
@@ -142,8 +166,10 @@ def write_comparison(directories: Sequence[RunDirectory], path: Path) -> None:
     atomic_write(path, _page(f"{len(runs)} runs", parts))
 
 
-def verdict(metrics: dict[str, Any], lines: Sequence[dict[str, Any]] = ()) -> str:
-    """The outcome in one sentence."""
+def verdict(
+    metrics: dict[str, Any], lines: Sequence[dict[str, Any]] = (), asked: str = "images"
+) -> str:
+    """The outcome in one sentence; `asked`: what the model was given."""
     if "seconds" not in metrics:
         if not lines:
             return "The run has not finished, and left nothing to show yet."
@@ -169,9 +195,9 @@ def verdict(metrics: dict[str, Any], lines: Sequence[dict[str, Any]] = ()) -> st
     if before is None:
         return (
             f"The trigger reaches its target in {_percent(rate)} of tries "
-            f"(untriggered images: {_percent(floor)}); {accuracy} ({seconds})."
+            f"(untriggered {asked}: {_percent(floor)}); {accuracy} ({seconds})."
         )
-    gone = rate <= floor + 0.01
+    gone = rate <= (floor or 0.0) + 0.01
     opening = "The backdoor no longer works" if gone else "The backdoor still works"
     robust = after["robust_accuracy"]
     if gone and robust is not None and robust < after["clean_accuracy"] - 0.1:
@@ -182,7 +208,7 @@ def verdict(metrics: dict[str, Any], lines: Sequence[dict[str, Any]] = ()) -> st
         )
     return (
         f"{opening}: ASR went from {_percent(before['attack_success_rate'])} to {_percent(rate)}, "
-        f"where untriggered images give {_percent(floor)}; {accuracy} ({seconds})."
+        f"where untriggered {asked} give {_percent(floor)}; {accuracy} ({seconds})."
     )
 
 
@@ -211,13 +237,24 @@ def _page(title: str, parts: Sequence[str]) -> str:
     )
 
 
-def _outcome(metrics: dict[str, Any]) -> str:
+def _perplexity(metrics: dict[str, Any]) -> str:
+    values = [(name, rates.get("perplexity")) for name, rates in _columns(metrics)]
+    known = [(name, value) for name, value in values if value is not None]
+    if not known:
+        return ""
+    shown = ", ".join(
+        f'{name} <span data-key="{name}.perplexity">{value:.4g}</span>' for name, value in known
+    )
+    return f"<p>Perplexity of the clean answers: {shown}.</p>"
+
+
+def _outcome(metrics: dict[str, Any], rates_of: Mapping[str, tuple[str, str]]) -> str:
     columns = _columns(metrics)
     if not columns:
         return ""
     head = "".join(f'<th class="number" scope="col">{name}</th>' for name, _ in columns)
     rows = []
-    for key, (title, meaning) in _RATES.items():
+    for key, (title, meaning) in rates_of.items():
         cells = "".join(
             f'<td class="number" data-key="{name}.{key}">{_percent(rates[key])}</td>'
             for name, rates in columns
@@ -357,7 +394,7 @@ def _weight_change(metrics: dict[str, Any]) -> str:
 
 def _per_class(metrics: dict[str, Any]) -> str:
     columns = _columns(metrics)
-    if not columns:
+    if not columns or not columns[0][1]["per_class_accuracy"]:
         return ""
     head = "".join(f'<th class="number" scope="col">{name}</th>' for name, _ in columns)
     count = len(columns[0][1]["per_class_accuracy"])

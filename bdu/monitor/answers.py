@@ -1,0 +1,62 @@
+"""What a language model said to the same prompts before and after, as a part of the report."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+SHOWN = 12  # prompts of a kind
+
+_KINDS = {"triggered": "With the trigger", "clean": "Without a trigger"}
+_STAGES = ("before", "after")
+
+
+def answers_section(file: Path) -> str:
+    """A table of prompts, verbatim as they were rendered, and both answers; "" without a file.
+
+    Args:
+        file: ``answers.jsonl``: a line an answer, of stage ("before", "after"), kind ("triggered",
+            "clean"), prompt and answer.
+    """
+    if not file.exists():
+        return ""
+    said: dict[tuple[str, str], dict[str, str]] = {}
+    for record in _records(file):
+        key = (str(record["kind"]), str(record["prompt"]))
+        said.setdefault(key, {})[str(record["stage"])] = str(record["answer"])
+    parts = []
+    for kind, title in _KINDS.items():
+        of_kind = [(prompt, answers) for (own, prompt), answers in said.items() if own == kind]
+        if of_kind:
+            parts.append(_table(title, of_kind))
+    if not parts:
+        return ""
+    return (
+        "<h2>What it was asked, and what it said</h2>"
+        '<p class="soft">Prompts as the model was given them, every token of the template '
+        "included; greedy answers. All of them are in answers.jsonl.</p>" + "".join(parts)
+    )
+
+
+def _records(file: Path) -> Iterator[dict[str, Any]]:
+    for line in file.read_text(encoding="utf-8").splitlines():
+        if line.strip():
+            yield json.loads(line)
+
+
+def _table(title: str, of_kind: list[tuple[str, dict[str, str]]]) -> str:
+    head = "".join(f'<th scope="col">{name}</th>' for name in ("prompt", *_STAGES))
+    rows = []
+    for prompt, answers in of_kind[:SHOWN]:
+        cells = [prompt, *(answers.get(stage, "–") for stage in _STAGES)]
+        texts = "".join(f'<td class="said">{html.escape(cell)}</td>' for cell in cells)
+        rows.append(f"<tr>{texts}</tr>")
+    more = len(of_kind) - SHOWN
+    rest = f'<p class="soft">And {more} more.</p>' if more > 0 else ""
+    return (
+        f'<h3>{title}</h3><div class="wide"><table class="answers"><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>{rest}"
+    )
