@@ -14,7 +14,8 @@ from bdu.attacks import make_attack, poison
 from bdu.attacks.trigger import triggered_like
 from bdu.cli.demo import digits
 from bdu.data import split_indices
-from bdu.defenses.balanced import Settings, _forget, _standard_error
+from bdu.defenses.balanced import Settings, _forget
+from bdu.defenses.course import standard_error
 from bdu.defenses.protocol import DefenderData, Samples
 from bdu.models import build
 from bdu.trainer import unlearn
@@ -431,8 +432,8 @@ def test_true_classes_that_are_the_target_everywhere_are_refused(planted):
 
 
 def test_a_few_samples_that_are_all_right_do_not_make_a_model_faultless():
-    assert _standard_error(1.0, 60) == pytest.approx(math.sqrt(61 / 62 * 1 / 62 / 60))
-    assert _standard_error(0.8, 10_000) == pytest.approx(0.004, rel=1e-3)
+    assert standard_error(1.0, 60) == pytest.approx(math.sqrt(61 / 62 * 1 / 62 / 60))
+    assert standard_error(0.8, 10_000) == pytest.approx(0.004, rel=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

@@ -19,12 +19,11 @@ a forward and a backward pass over each sample, once.
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -35,6 +34,14 @@ from tqdm import tqdm
 
 from bdu.checkpoint import load_state, save_state
 from bdu.data import as_unit_float, augment
+from bdu.defenses.course import (
+    check_same_run,
+    fingerprint,
+    knows_mirrored,
+    settings_of,
+    share_called,
+    standard_error,
+)
 from bdu.defenses.protocol import Callback, DefenderData, Line, Result, Samples, summary, tell
 from bdu.fisher import contrastive, fisher_diagonal, scale_to_unit_mean, target_log_odds
 from bdu.metrics import predict
@@ -173,7 +180,7 @@ def run(
     Raises:
         ValueError: a setting out of range, or no triggered samples.
     """
-    s = _settings(settings)
+    s = settings_of(Settings, settings)
     if data.triggered is None or data.triggered_validation is None:
         raise ValueError("triggered: expected samples, as the balanced method needs them, got None")
     if s.forget is None:
@@ -188,7 +195,7 @@ def run(
         )
     teacher = copy.deepcopy(model).eval().requires_grad_(False)
     if s.mirror is None:
-        s = replace(s, mirror=_knows_mirrored(teacher, data.clean))
+        s = replace(s, mirror=knows_mirrored(teacher, data.clean))
     student = copy.deepcopy(model).eval()
     optimizer = EWCSGD(
         [(name, p) for name, p in student.named_parameters() if p.requires_grad],
@@ -204,7 +211,7 @@ def run(
     # The ascended cross-entropy has no slope where the model is certain, so no way to the backdoor.
     radius = 0.0 if s.forget == "cross_entropy" else s.radius
     course = _Course(student, optimizer, torch.Generator().manual_seed(seed), s)
-    started_with = asdict(s) | {"seed": seed, "model and data": _fingerprint(teacher, data)}
+    started_with = asdict(s) | {"seed": seed, "model and data": fingerprint(teacher, data)}
     if resume and state_file is None:
         raise ValueError("state_file: expected a path to resume from, got None")
     if resume and state_file is not None and Path(state_file).exists():
@@ -289,7 +296,7 @@ class _Course:
         """
         assert data.triggered_validation is not None
         bad = data.triggered_validation
-        clean = _share_called(self.student, data.clean_validation)
+        clean = share_called(self.student, data.clean_validation)
         called = predict(self.student, bad.x).argmax(1)
         attack = float((called == bad.y.cpu()).float().mean())
         line = {
@@ -305,7 +312,7 @@ class _Course:
         self.lowest_clean_accuracy = (
             self.history[0]["validation_clean_accuracy"] * self._settings.clean_accuracy_floor
         )
-        error = _standard_error(clean, len(data.clean_validation))
+        error = standard_error(clean, len(data.clean_validation))
         if clean - attack >= self._best_score - error and clean >= self.lowest_clean_accuracy:
             self._kept_step = self.step
             self._kept = {k: v.detach().clone() for k, v in self.student.state_dict().items()}
@@ -338,15 +345,7 @@ class _Course:
         Raises:
             ValueError: it is of a run with other settings, another model or other data.
         """
-        if not isinstance(state, dict) or not isinstance(state.get("started_with"), dict):
-            raise ValueError("state_file: expected the state of a run of this method, got another")
-        before = state["started_with"]
-        for name, value in started_with.items():
-            if before.get(name) != value:
-                raise ValueError(
-                    f"{name}: expected {before.get(name)!r}, as in the run to be resumed, "
-                    f"got {value!r}"
-                )
+        check_same_run(state, started_with)
         self.stopped = state["stopped"]
         self.step, self.history = state["step"], state["history"]
         self._best_score, self._kept_step = state["best_score"], state["kept_step"]
@@ -356,33 +355,12 @@ class _Course:
         self.generator.set_state(state["generator"])
 
 
-def _fingerprint(model: nn.Module, data: DefenderData) -> str:
-    """The same only for the same weights and samples in the same order."""
-    digest = hashlib.blake2b(digest_size=16)
-    parts = (data.clean, data.clean_validation, data.triggered, data.triggered_validation)
-    tensors = [*model.state_dict().values()]
-    tensors += [t for part in parts if part is not None for t in (part.x, part.y)]
-    for tensor in tensors:
-        digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def dtypes_of(s: Settings) -> dict[str, Any]:
     """``fisher_dtype`` and ``anchor_dtype`` as the optimizers take them."""
     return {
         "fisher_dtype": _DTYPES.get(s.fisher_dtype, s.fisher_dtype),
         "anchor_dtype": _DTYPES.get(s.anchor_dtype),
     }
-
-
-def _settings(given: dict[str, Any]) -> Settings:
-    known = {field.name for field in fields(Settings)}
-    for name in given:
-        if name not in known:
-            raise ValueError(f"{name}: expected one of {', '.join(sorted(known))}")
-    return Settings(**given)
 
 
 def _fisher(model: nn.Module, data: DefenderData, s: Settings) -> dict[str, Tensor]:
@@ -475,21 +453,3 @@ def _augmented(x: Tensor, generator: torch.Generator, s: Settings) -> Tensor:
     if not s.augment:
         return x
     return augment(x, generator, padding=min(x.shape[2:]) // 8, mirror=bool(s.mirror))
-
-
-def _knows_mirrored(model: nn.Module, samples: Samples) -> bool:
-    """Whether mirroring the images costs the model no accuracy that these samples could show."""
-    plain = _share_called(model, samples)
-    mirrored = _share_called(model, replace(samples, x=samples.x.flip(-1)))
-    return mirrored >= plain - _standard_error(plain, len(samples))
-
-
-def _standard_error(share: float, samples: int) -> float:
-    # By the rule of succession: a few samples that are all right do not make a model faultless.
-    share = (share * samples + 1) / (samples + 2)
-    return math.sqrt(share * (1 - share) / samples)
-
-
-def _share_called(model: nn.Module, samples: Samples) -> float:
-    """Share of the samples that the model calls by their label ``y``."""
-    return float((predict(model, samples.x).argmax(1) == samples.y.cpu()).float().mean())

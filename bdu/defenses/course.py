@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -103,17 +103,24 @@ class Running:
 
 
 Settings = TypeVar("Settings", bound=Shared)
+Own = TypeVar("Own")
 
 
 def read_options(kind: type[Settings], options: Mapping[str, Any]) -> tuple[Running, Settings]:
     """What a defence's ``run`` was given besides model and data; ValueError for unknown names."""
     own = {field.name for field in fields(Running)}
-    known = {field.name for field in fields(kind)}
-    for name in options:
-        if name not in own | known:
-            raise ValueError(f"{name}: expected one of {', '.join(sorted(known))}")
     running = {name: value for name, value in options.items() if name in own}
-    return Running(**running), kind(**{n: v for n, v in options.items() if n not in own})
+    given = {name: value for name, value in options.items() if name not in own}
+    return Running(**running), settings_of(kind, given)
+
+
+def settings_of(kind: type[Own], given: Mapping[str, Any]) -> Own:
+    """`kind`, a dataclass, of these values; ValueError for a name that it does not have."""
+    known = {field.name for field in fields(cast(Any, kind))}
+    for name in given:
+        if name not in known:
+            raise ValueError(f"{name}: expected one of {', '.join(sorted(known))}")
+    return kind(**given)
 
 
 class Course:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bdu.data import as_unit_float
+from bdu.defenses.ascent import ascend
 from bdu.defenses.course import Course, Shared, check_numbers, cosine, read_options
 from bdu.defenses.head import head_of, row_changes
 from bdu.defenses.protocol import DefenderData, Result
@@ -73,7 +74,15 @@ def run(model: nn.Module, data: DefenderData, **options: Any) -> Result:
     """Clean a copy; options are those of :class:`bdu.defenses.course.Running` and `Settings`."""
     running, s = read_options(Settings, options)
     course = Course(NAME, model, data, s, running)
-    _unlearn(course, s)
+    ascend(
+        course,
+        epochs=s.unlearn_epochs,
+        lr=lambda _: s.unlearn_lr,
+        accuracy=s.unlearned_accuracy,
+        momentum=s.momentum,
+        weight_decay=0.0,
+        batch_size=s.batch_size,
+    )
     zeroed = course.once("zeroed", lambda: _most_changed(course, s))
 
     def begin() -> None:
@@ -106,19 +115,6 @@ def run(model: nn.Module, data: DefenderData, **options: Any) -> Result:
                 parameter.grad = torch.lerp(near, far, s.alpha)
             course.apply(optimizer, loss)
     return course.result()
-
-
-def _unlearn(course: Course, s: Settings) -> None:
-    optimizer = course.sgd(s.unlearn_lr, momentum=s.momentum, max_grad_norm=20.0, ewc_lambda=0.0)
-    for _ in course.stage("unlearn", s.unlearn_epochs, optimizer, guarded_from=None):
-        course.student.train()
-        right = 0
-        for batch in course.batches(course.data.clean, s.batch_size):
-            logits = course.student(course.images(batch))
-            course.step(optimizer, -functional.cross_entropy(logits, batch.y))
-            right += int((logits.argmax(1) == batch.y).sum())
-        if right <= s.unlearned_accuracy * len(course.data.clean):
-            course.end_stage()
 
 
 def _most_changed(course: Course, s: Settings) -> dict[str, Tensor]:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bdu.data import as_unit_float
+from bdu.defenses.ascent import ascend
 from bdu.defenses.course import Course, Shared, check_numbers, cosine, read_options
 from bdu.defenses.head import deviations, head_of, row_changes
 from bdu.defenses.protocol import DefenderData, Result
@@ -80,7 +81,15 @@ def run(model: nn.Module, data: DefenderData, **options: Any) -> Result:
     running, s = read_options(Settings, options)
     course = Course(NAME, model, data, s, running)
     original = dict(course.before.named_parameters())
-    _unlearn(course, s)
+    ascend(
+        course,
+        epochs=s.unlearn_epochs,
+        lr=lambda epoch: s.unlearn_lr * (0.1 if epoch >= 10 else 1.0),
+        accuracy=s.unlearned_accuracy,
+        momentum=s.momentum,
+        weight_decay=5e-4,
+        batch_size=s.batch_size,
+    )
     suspicious = course.once("suspicious", lambda: _suspicious(course, s))
     if not suspicious:
         warnings.warn(
@@ -104,22 +113,6 @@ def run(model: nn.Module, data: DefenderData, **options: Any) -> Result:
                 loss = loss + s.alpha * away.sum()
             course.step(optimizer, loss)
     return course.result()
-
-
-def _unlearn(course: Course, s: Settings) -> None:
-    optimizer = course.sgd(
-        s.unlearn_lr, momentum=s.momentum, weight_decay=5e-4, max_grad_norm=20.0, ewc_lambda=0.0
-    )
-    for epoch in course.stage("unlearn", s.unlearn_epochs, optimizer, guarded_from=None):
-        optimizer.param_groups[0]["lr"] = s.unlearn_lr * (0.1 if epoch >= 10 else 1.0)
-        course.student.train()
-        right = 0
-        for batch in course.batches(course.data.clean, s.batch_size):
-            logits = course.student(course.images(batch))
-            course.step(optimizer, -functional.cross_entropy(logits, batch.y))
-            right += int((logits.argmax(1) == batch.y).sum())
-        if right <= s.unlearned_accuracy * len(course.data.clean):
-            course.end_stage()
 
 
 def _suspicious(course: Course, s: Settings) -> dict[str, Tensor]:
