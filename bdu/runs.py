@@ -99,7 +99,19 @@ class RunDirectory:
         file = self.path / "metrics.jsonl"
         if not file.exists():
             return []
-        return [json.loads(line) for line in file.read_text().splitlines()]
+        lines = []
+        for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+            if not line.strip():
+                continue
+            try:
+                lines.append(json.loads(line))
+            except ValueError as error:
+                raise ValueError(
+                    f"{file}: expected JSON in line {number}, got {line[:60]!r}"
+                ) from error
+            if not isinstance(lines[-1], dict):
+                raise ValueError(f"{file}: expected an object in line {number}, got {line[:60]!r}")
+        return lines
 
     def write_metrics(self, metrics: dict[str, Any]) -> None:
         """Write ``metrics.json``."""
@@ -107,7 +119,13 @@ class RunDirectory:
 
     def read_metrics(self) -> dict[str, Any]:
         """Read ``metrics.json``."""
-        metrics: dict[str, Any] = json.loads((self.path / "metrics.json").read_text())
+        file = self.path / "metrics.json"
+        try:
+            metrics = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{file}: expected JSON, got {error}") from error
+        if not isinstance(metrics, dict):
+            raise ValueError(f"{file}: expected an object, got {type(metrics).__name__}")
         return metrics
 
 

@@ -449,3 +449,10 @@ def test_images_with_a_gradient_and_classes_that_are_not_known_are_taken(planted
     images = x.float().div(255).requires_grad_()
     result = planted.unlearn(clean=(images, y), triggered=(bad, target, None))
     assert_same_bits(weights(result.model), weights(planted.unlearn().model))
+
+
+def test_outputs_that_are_no_numbers_end_the_run_with_the_best_weights(planted):
+    result = planted.unlearn(ewc_lambda=0.0, lr=1e30, evaluate_every=1, radius=0.0)
+    assert result.stopped.startswith("stopped at step 1: model: expected finite outputs")
+    assert "kept the weights of step 0" in result.stopped
+    assert_same_bits(weights(result.model), weights(planted.model))

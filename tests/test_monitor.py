@@ -400,3 +400,48 @@ def test_overlay_scales_each_map_and_outline_runs_along_the_mask():
     assert panels.data_uri(drawn).startswith("data:image/png;base64,")
     grey = panels.as_pixels(torch.tensor([[[[0.0, 1.0]]]]))
     assert grey.tolist() == [[[[0, 0, 0], [255, 255, 255]]]]
+
+
+class _Pooled(nn.Module):
+    """A convolution, pooled, and a last layer whose output something may change."""
+
+    def __init__(self, head, change):
+        super().__init__()
+        self.features, self.head, self._change = nn.Conv2d(1, 4, 3), head, change
+
+    def forward(self, x):
+        return self._change(self.head(self.features(x).mean((2, 3))))
+
+
+class _Negated(nn.Linear):
+    def forward(self, x):
+        return -super().forward(x)
+
+
+def _hooked():
+    head = nn.Linear(4, 3)
+    head.register_forward_hook(lambda module, args, output: output * -3.0)
+    return head
+
+
+@pytest.mark.parametrize(
+    ("head", "change"),
+    [
+        (nn.Linear(4, 3), lambda logits: logits.mul_(-2.0)),
+        (_hooked(), lambda logits: logits),
+        (_Negated(4, 3), lambda logits: logits),
+    ],
+    ids=["in place", "hook", "subclass"],
+)
+def test_a_last_layer_that_is_not_what_it_seems_is_differentiated(head, change):
+    model = _Pooled(head, change).eval()
+    x = torch.rand(2, 1, 8, 8)
+    targets = torch.tensor([0, 2])
+    found = grad_cam(model, x, targets, layer="features")
+    captum = pytest.importorskip("captum.attr")
+    cam = captum.LayerGradCam(model, model.features)
+    oracle = cam.attribute(x, targets, relu_attributions=True)
+    size = tuple(x.shape[2:])
+    expected = F.interpolate(oracle.detach(), size, mode="bilinear", align_corners=False)[:, 0]
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-6)
+    assert found.max() > 0

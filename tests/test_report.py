@@ -298,3 +298,52 @@ def test_a_complaint_and_a_request_would_be_seen(tmp_path):
     console, hosts, _ = visit(page, tmp_path)
     assert len(console) == 1
     assert hosts == {"elsewhere.example.com"}
+
+
+def test_answers_may_hold_any_character(tmp_path):
+    run = make_language_run(tmp_path / "run")
+    records = [
+        {"stage": stage, "kind": "clean", "prompt": "a", "answer": "x\u2028y\x85z"}
+        for stage in ("before", "after")
+    ]
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    (tmp_path / "run" / "answers.jsonl").write_text(lines, encoding="utf-8")
+    assert "x\u2028y" in write_report(run).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "metrics.jsonl",
+            '{"step": 1}\n{"step": 2, "lo',
+            r"metrics\.jsonl: expected JSON in line 2",
+        ),
+        ("metrics.jsonl", "[1]\n", r"metrics\.jsonl: expected an object in line 1"),
+        ("metrics.json", '{"before": ', r"metrics\.json: expected JSON"),
+        ("metrics.json", "[]", r"metrics\.json: expected an object, got list"),
+        ("config.yaml", "a: [1", r"config\.yaml: expected YAML"),
+        ("config.yaml", "!!python/object:os.system {}", r"config\.yaml: expected YAML"),
+        ("config.yaml", "3", r"config\.yaml: expected settings by name, got int"),
+        ("attention.npz", "PK", r"attention\.npz: expected images, mask, steps, heat"),
+        ("attention.npz", "", r"attention\.npz: expected images, mask, steps, heat"),
+        ("answers.jsonl", '{"stage": "after"}\n', r"answers\.jsonl: expected an answer .* line 1"),
+    ],
+)
+def test_a_broken_file_is_named(tmp_path, capsys, name, content, message):
+    run = make_run(tmp_path / "run")
+    (run.path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        write_report(run)
+    assert main(["report", str(run.path)]) == 1
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_steps_that_are_text_do_not_reach_the_page(tmp_path):
+    run = make_run(tmp_path / "run")
+    with np.load(run.attention) as kept:
+        arrays = dict(kept)
+    arrays["steps"] = np.array(["<script>"] * 6)
+    np.savez(run.attention, **arrays)
+    with pytest.raises(ValueError, match=r"attention\.npz: expected a heat map for every step"):
+        write_report(run)

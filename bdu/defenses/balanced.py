@@ -244,6 +244,8 @@ def run(
             course.step += 1
             bar.update()
             if course.step % s.evaluate_every == 0 or course.step == steps:
+                if course.is_ruined(data):
+                    break
                 line = course.look(
                     data,
                     phase="unlearn" if recovering < 0 else "recovery",
@@ -318,6 +320,14 @@ class _Course:
             self._kept = {k: v.detach().clone() for k, v in self.student.state_dict().items()}
         self._best_score = max(self._best_score, clean - attack)
         return line
+
+    def is_ruined(self, data: DefenderData) -> bool:
+        """Whether the student's outputs are not finite any more; the run has stopped then."""
+        try:
+            predict(self.student, data.clean_validation.x)
+        except FloatingPointError as error:
+            self.stopped = f"stopped at step {self.step}: {error}"
+        return bool(self.stopped)
 
     def put_back_kept(self) -> int:
         """Put the weights to be kept into the student; returns their step."""

@@ -349,7 +349,11 @@ class Course:
         return found[0], found[1]
 
     def _look(self, phase: str, *, guarded: bool) -> Line:
-        clean = share_called(self.student, self.data.clean_validation)
+        try:
+            clean = share_called(self.student, self.data.clean_validation)
+        except FloatingPointError as error:
+            self._stopped = f"stopped at step {self.steps}: {error}"
+            clean = 0.0  # of outputs that are no numbers none is right
         line: Line = {"step": self.steps, "phase": phase, "validation_clean_accuracy": clean}
         if self._losses:
             line["loss"] = float(torch.stack(self._losses).mean())

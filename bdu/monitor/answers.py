@@ -42,9 +42,17 @@ def answers_section(file: Path) -> str:
 
 
 def _records(file: Path) -> Iterator[dict[str, Any]]:
-    for line in file.read_text(encoding="utf-8").splitlines():
-        if line.strip():
-            yield json.loads(line)
+    # Not splitlines: an answer may hold other characters that end a line.
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            yield {name: record[name] for name in ("stage", "kind", "prompt", "answer")}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{file}: expected an answer with its prompt in line {number}, got {line[:60]!r}"
+            ) from error
 
 
 def _table(title: str, of_kind: list[tuple[str, dict[str, str]]]) -> str:

@@ -181,8 +181,12 @@ def _linear_head(
         return None
     mean = maps.detach().mean((2, 3))
     tolerance = math.sqrt(torch.finfo(maps.dtype).eps)
-    same = torch.allclose(pooled.detach(), mean, tolerance, tolerance * float(mean.abs().max()))
-    return linear.weight.detach() if same else None
+    # And whether nobody changed what the layer made of it: a hook, a subclass, a scale in place.
+    plain = torch.nn.functional.linear(mean, linear.weight, linear.bias).detach()
+    for found, expected in ((pooled.detach(), mean), (logits.detach(), plain)):
+        if not torch.allclose(found, expected, tolerance, tolerance * float(expected.abs().max())):
+            return None
+    return linear.weight.detach()
 
 
 def _grid(output: Tensor) -> tuple[int, int] | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import shlex
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -216,7 +217,12 @@ def _read(directory: RunDirectory) -> tuple[dict[str, Any], dict[str, Any]]:
     file = directory.path / "config.yaml"
     if not file.exists():
         raise FileNotFoundError(f"{directory.path}: expected a run with config.yaml, got none")
-    config: dict[str, Any] = yaml.safe_load(file.read_text()) or {}
+    try:
+        config = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file}: expected YAML, got {str(error).splitlines()[0]}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{file}: expected settings by name, got {type(config).__name__}")
     finished = (directory.path / "metrics.json").exists()
     return (directory.read_metrics() if finished else {}), config
 
@@ -340,11 +346,22 @@ def _attention_in_words(lines: Sequence[dict[str, Any]]) -> str:
     )
 
 
+def _maps(file: Path) -> tuple[np.ndarray, ...]:
+    names = ("images", "mask", "steps", "heat")
+    try:
+        with np.load(file, allow_pickle=False) as kept:
+            images, mask, steps, heat = (kept[name] for name in names)
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{file}: expected {', '.join(names)}, got {error}") from error
+    if steps.dtype.kind not in "iu" or not 0 < len(steps) == len(heat):
+        raise ValueError(f"{file}: expected a heat map for every step, got {steps.shape} steps")
+    return images, mask, steps, heat
+
+
 def _attention(directory: RunDirectory, lines: Sequence[dict[str, Any]]) -> str:
     if not directory.attention.exists():
         return ""
-    with np.load(directory.attention, allow_pickle=False) as kept:
-        images, mask, steps, heat = (kept[name] for name in ("images", "mask", "steps", "heat"))
+    images, mask, steps, heat = _maps(directory.attention)
     chosen = sorted({0, len(steps) // 2, len(steps) - 1})
     factor = max(1, round(_PICTURE / images.shape[1]))
     outline = " The dashed line is the trigger's outline." if mask.any() else ""
