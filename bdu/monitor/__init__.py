@@ -1,1 +1,13 @@
 """Watching a run and telling about it."""
+
+from bdu.monitor.attention import attention_entropy, attribution_share, trigger_attention
+from bdu.monitor.gradcam import grad_cam
+from bdu.monitor.live import AttentionMonitor
+
+__all__ = [
+    "AttentionMonitor",
+    "attention_entropy",
+    "attribution_share",
+    "grad_cam",
+    "trigger_attention",
+]
