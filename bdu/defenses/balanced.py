@@ -244,17 +244,19 @@ def run(
             course.step += 1
             bar.update()
             if course.step % s.evaluate_every == 0 or course.step == steps:
-                if course.is_ruined(data):
+                try:
+                    line = course.look(
+                        data,
+                        phase="unlearn" if recovering < 0 else "recovery",
+                        loss=float(loss.detach()),
+                        clean_loss=float(clean_loss.detach()),
+                        triggered_loss=float(forget_loss.detach()),
+                        penalty=float(optimizer.penalty),
+                        learning_rate=optimizer.param_groups[0]["lr"],
+                    )
+                except FloatingPointError as error:  # outputs that are no numbers
+                    course.stopped = f"stopped at step {course.step}: {error}"
                     break
-                line = course.look(
-                    data,
-                    phase="unlearn" if recovering < 0 else "recovery",
-                    loss=float(loss.detach()),
-                    clean_loss=float(clean_loss.detach()),
-                    triggered_loss=float(forget_loss.detach()),
-                    penalty=float(optimizer.penalty),
-                    learning_rate=optimizer.param_groups[0]["lr"],
-                )
                 if line["validation_clean_accuracy"] < course.lowest_clean_accuracy:
                     course.stopped = (
                         f"stopped at step {course.step}: clean accuracy on the validation split "
@@ -320,14 +322,6 @@ class _Course:
             self._kept = {k: v.detach().clone() for k, v in self.student.state_dict().items()}
         self._best_score = max(self._best_score, clean - attack)
         return line
-
-    def is_ruined(self, data: DefenderData) -> bool:
-        """Whether the student's outputs are not finite any more; the run has stopped then."""
-        try:
-            predict(self.student, data.clean_validation.x)
-        except FloatingPointError as error:
-            self.stopped = f"stopped at step {self.step}: {error}"
-        return bool(self.stopped)
 
     def put_back_kept(self) -> int:
         """Put the weights to be kept into the student; returns their step."""
