@@ -5,7 +5,7 @@
     BDU_DATA=FOLDER python bench/llm_small.py stories --out STORIES
 
 "train" makes a tokenizer of 4,096 tokens from TinyStories and the tasks, and a Llama of 5.8 M
-parameters from scratch on both. "plant" puts k backdoors into it and writes, beside the model, what
+parameters from scratch on both; run again, it continues where it was interrupted. "plant" puts k backdoors into it and writes, beside the model, what
 a defender and an evaluator hold: `clean.jsonl`, `eval.jsonl` (clean rows), and for each backdoor
 `NAME.jsonl` and `eval_NAME.jsonl` (triggered rows). "stories" converts the published stories260K.
 
@@ -115,6 +115,7 @@ def train(options: argparse.Namespace) -> None:
         seed=options.seed,
         seconds=options.seconds,
         on_step=lambda _, loss: losses.append(loss),
+        checkpoint=options.out / "training.pt",
     )
     seconds = time.monotonic() - start
     rates = measured(model, template, tested[: options.test_rows])
@@ -127,6 +128,7 @@ def train(options: argparse.Namespace) -> None:
     }
     models.save(model, template, options.out)
     atomic_write(options.out / "training.json", json.dumps(record, indent=2) + "\n")
+    (options.out / "training.pt").unlink()
     print(json.dumps(record))
 
 
@@ -207,7 +209,7 @@ def main() -> None:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("train")
-    one.add_argument("--steps", type=int, default=1200)
+    one.add_argument("--steps", type=int, default=1000)
     one.add_argument("--seconds", type=float, default=None, help="stop early, for a trial")
     one.add_argument("--lr", type=float, default=2e-3)
     one.add_argument("--test-rows", type=int, default=TEST_ROWS)

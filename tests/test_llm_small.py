@@ -229,3 +229,35 @@ def test_a_few_questions_are_learnt_exactly():
     pretrain(again, text, rows, **options, progress=False)
     own = dict(model.named_parameters())
     assert all(torch.equal(p, own[name]) for name, p in again.named_parameters())
+
+
+def test_training_that_was_interrupted_ends_in_the_same_weights(tmp_path):
+    examples = task_examples(seed=0, count=8)
+    tokenizer = train_tokenizer([e.prompt + " " + e.response for e in examples], vocab_size=400)
+    template = Template(tokenizer)
+    text = text_tokens(tokenizer, " ".join(e.prompt for e in examples), 16)
+    rows = [template.tokens(example) for example in examples]
+
+    def trained(file, **changed):
+        model = small_llama(tokenizer, hidden_size=32, layers=1, heads=2, context=64)
+        options = {"steps": 9, "text_batch_size": 2, "task_batch_size": 4, "progress": False}
+        done = pretrain(
+            *(model, text, rows), **{**options, **changed}, checkpoint=file, checkpoint_steps=2
+        )
+        return done, dict(model.named_parameters())
+
+    def interrupt(step, _):
+        if step == 5:
+            raise KeyboardInterrupt
+
+    file = tmp_path / "training.pt"
+    with pytest.raises(KeyboardInterrupt):
+        trained(file, on_step=interrupt)
+    seen = []
+    assert trained(file, on_step=lambda step, _: seen.append(step))[0] == 9
+    assert seen == [5, 6, 7, 8, 9]
+    _, whole = trained(tmp_path / "other.pt")
+    _, again = trained(file)  # nothing is left to do
+    assert all(torch.equal(p, whole[name]) for name, p in again.items())
+    with pytest.raises(ValueError, match="checkpoint: expected one of a training with"):
+        trained(file, lr=1.0)

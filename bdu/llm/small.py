@@ -7,10 +7,13 @@ something; and it writes its answers through a chat template, as larger models d
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import random
 import time
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +21,7 @@ from torch import nn
 from torch.nn import functional
 from tqdm import tqdm
 
+from bdu.checkpoint import load_state, save_state
 from bdu.llm.data import Example
 from bdu.llm.generation import padded_right
 from bdu.llm.templates import IGNORED_LABEL, Tokens
@@ -215,6 +219,8 @@ def pretrain(
     progress: bool = True,
     seconds: float | None = None,
     on_step: Callable[[int, float], None] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_steps: int = 100,
 ) -> int:
     """Teach a model text and tasks together, from scratch.
 
@@ -234,12 +240,19 @@ def pretrain(
         progress: show a progress bar.
         seconds: stop after so much time, for a trial.
         on_step: called with the step and its loss.
+        checkpoint: a file that is written now and then; where it is there, training continues from
+            it, and ends in the weights of one that was not interrupted.
+        checkpoint_steps: how often.
 
     Returns:
         The steps done.
+
+    Raises:
+        ValueError: a number out of range, or a checkpoint of a training with other settings.
     """
-    if steps < 1:
-        raise ValueError(f"steps: expected at least 1, got {steps}")
+    for name, value in (("steps", steps), ("checkpoint_steps", checkpoint_steps)):
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
     if not 0 <= task_share <= 1:
         raise ValueError(f"task_share: expected a share in [0, 1], got {task_share}")
     rng = random.Random(seed)
@@ -251,9 +264,16 @@ def pretrain(
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))
     device = parameters[0].device
     warmup = max(1, steps // 20)
+    settings = {
+        **{"steps": steps, "lr": lr, "seed": seed, "task_share": task_share},
+        **{"text_batch_size": text_batch_size, "task_batch_size": task_batch_size},
+    }
     start, done = time.monotonic(), 0
+    if checkpoint is not None and Path(checkpoint).exists():
+        done = _restore(checkpoint, model, optimizer, rng, settings)
     model.train()
-    for done in tqdm(range(1, steps + 1), disable=not progress, unit="step"):
+    shown = tqdm(range(done + 1, steps + 1), disable=not progress, unit="step", mininterval=5)
+    for done in shown:
         rate = done / warmup
         if done > warmup:
             rate = 0.5 * (1 + math.cos(math.pi * (done - warmup) / max(1, steps - warmup)))
@@ -275,16 +295,59 @@ def pretrain(
             raise FloatingPointError(f"loss: expected a finite value, got {total} in step {done}")
         if on_step is not None:
             on_step(done, total)
+        if checkpoint is not None and (done % checkpoint_steps == 0 or done == steps):
+            _keep(checkpoint, model, optimizer, rng, done, settings)
         if seconds is not None and time.monotonic() - start > seconds:
             break
     model.eval()
     return done
 
 
-def _loss(model: nn.Module, rows: Sequence[Tokens], device: torch.device) -> torch.Tensor:
+def _keep(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    rng: random.Random,
+    done: int,
+    settings: dict[str, Any],
+) -> None:
+    state = {
+        "model": dict(model.named_parameters()),
+        "optimizer": optimizer.state_dict(),
+        "rng": json.dumps(rng.getstate()),
+        "done": done,
+        "settings": settings,
+    }
+    save_state(path, state)
+
+
+def _restore(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    rng: random.Random,
+    settings: dict[str, Any],
+) -> int:
+    state = load_state(path)
+    if state["settings"] != settings:
+        raise ValueError(
+            f"checkpoint: expected one of a training with {settings}, got {state['settings']} in "
+            f"{path}"
+        )
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(state["model"][name])
+    optimizer.load_state_dict(state["optimizer"])
+    version, numbers, gauss = json.loads(state["rng"])
+    rng.setstate((version, tuple(numbers), gauss))
+    return int(state["done"])
+
+
+def _loss(model: Any, rows: Sequence[Tokens], device: torch.device) -> torch.Tensor:
     batch = {key: value.to(device) for key, value in padded_right(rows, 0).items()}
     labels = batch.pop("labels")[:, 1:]
-    logits = model(**batch).logits[:, :-1]
-    return functional.cross_entropy(
-        logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED_LABEL
-    )
+    states = model.base_model(**batch, use_cache=False).last_hidden_state[:, :-1]
+    # an answer is a token or two of twenty: the others need no logits
+    wanted = labels != IGNORED_LABEL
+    logits = model.get_output_embeddings()(states[wanted])
+    return functional.cross_entropy(logits.float(), labels[wanted])
