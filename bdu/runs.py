@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,6 +18,7 @@ import yaml
 
 from bdu.checkpoint import atomic_write
 
+STARTED_IN = "started_in"
 _VERSIONED = ("bdu", "torch", "triton", "numpy", "safetensors")
 
 
@@ -42,13 +44,14 @@ class RunDirectory:
         self.path = Path(path)
 
     def start(self, config: dict[str, Any], *, resume: bool) -> None:
-        """Make the folder and write ``config.yaml``.
+        """Make the folder and write ``config.yaml``, with the current folder as ``started_in``.
 
         Raises:
             FileExistsError, ValueError: as :meth:`check`.
         """
         self.check(config, resume=resume)
-        text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+        kept = {**config, STARTED_IN: os.getcwd()}
+        text = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
         atomic_write(self.path / "config.yaml", text)
 
     def check(self, config: dict[str, Any], *, resume: bool) -> None:
@@ -66,7 +69,7 @@ class RunDirectory:
             )
         if known.exists():
             before = yaml.safe_load(known.read_text())
-            differing = [key for key in config if before.get(key) != config[key]]
+            differing = [key for key in config if not _same(before.get(key), config[key])]
             if differing:
                 key = differing[0]
                 raise ValueError(
@@ -127,6 +130,13 @@ class RunDirectory:
         if not isinstance(metrics, dict):
             raise ValueError(f"{file}: expected an object, got {type(metrics).__name__}")
         return metrics
+
+
+def _same(before: Any, now: Any) -> bool:
+    """Whether two settings are one; earlier runs kept paths as they were typed."""
+    if isinstance(before, str) and isinstance(now, str) and os.path.isabs(now):
+        before = str(Path(before).absolute())
+    return bool(before == now)
 
 
 def _plain(value: Any) -> Any:

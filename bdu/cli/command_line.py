@@ -13,6 +13,7 @@ import yaml
 
 from bdu import __version__
 from bdu.cli import audit, demo, doctor, evaluate, fisher, poison, report, unlearn, unlearn_lm
+from bdu.runs import STARTED_IN
 
 COMMANDS = {
     "demo": demo,
@@ -110,6 +111,8 @@ def _set_defaults(top: argparse.ArgumentParser, command: str, file: Path) -> Non
     known = {action.dest: action for action in chosen._actions if action.dest != "help"}
     for key, value in values.items():
         name = str(key).replace("-", "_")
+        if name == STARTED_IN:
+            continue
         if name == "command":
             if value != command and f"{value}-lm" != command:
                 top.error(f"--config: {file} is of bdu {value}, got bdu {command}")

@@ -97,9 +97,24 @@ def device(options: argparse.Namespace) -> torch.device:
 
 
 def config(options: argparse.Namespace) -> dict[str, Any]:
-    """The settings as ``config.yaml`` keeps them; paths as text."""
+    """The settings as ``config.yaml`` keeps them; paths absolute, to hold from any folder."""
     values = {key: value for key, value in vars(options).items() if key not in _NOT_CONFIG}
-    return {key: str(v) if isinstance(v, Path) else v for key, v in values.items()}
+    is_language = values.get("task") == "lm"
+    return {
+        key: str(Path(value).absolute()) if _is_path(key, value, is_language) else value
+        for key, value in values.items()
+    }
+
+
+def _is_path(key: str, value: Any, is_language: bool) -> bool:
+    """Also of settings that may be a name or a file."""
+    if isinstance(value, Path):
+        return True
+    if key == "attack":
+        return isinstance(value, str) and value.endswith(".json")
+    if key == "template" and value in ("tokenizer", "none"):
+        return False
+    return is_language and key in ("model", "template") and Path(value).exists()
 
 
 def attack(options: argparse.Namespace, settings: dict[str, Any] | None = None) -> Trigger | None:

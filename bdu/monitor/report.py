@@ -20,7 +20,7 @@ from bdu.checkpoint import atomic_write
 from bdu.monitor.answers import answers_section
 from bdu.monitor.charts import Curve, bar_table, line_chart
 from bdu.monitor.panels import data_uri, outlined, overlay
-from bdu.runs import RunDirectory
+from bdu.runs import STARTED_IN, RunDirectory
 
 _RATES = {
     "clean_accuracy": ("Clean accuracy", "clean test images called by their class"),
@@ -109,6 +109,7 @@ def write_report(directory: RunDirectory) -> Path:
     """
     metrics, config = _read(directory)
     command = str(config.pop("command", metrics.get("method", "run")))
+    folder = str(config.pop(STARTED_IN, ""))
     lines = directory.read_lines()
     answers = answers_section(directory.path / "answers.jsonl")
     asked = "prompts" if answers else "images"
@@ -122,7 +123,7 @@ def write_report(directory: RunDirectory) -> Path:
         _attention(directory, lines),
         _weight_change(metrics),
         _per_class(metrics),
-        _command(command, config),
+        _command(directory, command, config, folder),
         _pre("Settings", {"command": command, **config}),
         _pre("Method's settings", metrics.get("settings")),
         _pre("Versions", metrics.get("versions")),
@@ -432,13 +433,19 @@ def _per_class(metrics: dict[str, Any]) -> str:
     )
 
 
-def _command(command: str, config: dict[str, Any]) -> str:
+def _command(directory: RunDirectory, command: str, config: dict[str, Any], folder: str) -> str:
     """What to type to have the run again, with its settings from its own config.yaml."""
-    line = shlex.join(["bdu", command, "--config", "config.yaml", "--out", "AGAIN"])
+    file = str(directory.path.absolute() / "config.yaml")
+    line = shlex.join(["bdu", command, "--config", file, "--out", "AGAIN"])
+    needs = ""
+    if not folder:
+        needs = " Its paths are those of the folder it was started in: type it there."
+    elif ":" in str(config.get("model")):  # a factory, which is looked for there
+        line = f"cd {shlex.quote(folder)} && {line}"
     return (
         f"<h2>Again</h2><pre>{html.escape(line)}</pre>"
         '<p class="soft">With the config.yaml beside this page: the settings below, seed '
-        f"{html.escape(str(config.get('seed', '–')))}.</p>"
+        f"{html.escape(str(config.get('seed', '–')))}.{needs}</p>"
     )
 
 
