@@ -216,6 +216,14 @@ def test_several_runs_stand_side_by_side(tmp_path, capsys):
     write_comparison([one], out)
 
 
+def test_a_single_report_goes_where_it_is_asked_for(tmp_path, capsys):
+    run, out = make_run(tmp_path / "run"), tmp_path / "elsewhere" / "page.html"
+    assert main(["report", str(run.path), "--out", str(out)]) == 0
+    assert f"wrote {out}" in capsys.readouterr().out
+    assert "<h1>bdu unlearn</h1>" in out.read_text()
+    assert not (run.path / "report.html").exists()
+
+
 def test_folder_without_a_run_is_refused(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 1
     assert "expected a run with config.yaml, got none" in capsys.readouterr().err

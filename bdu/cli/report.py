@@ -16,9 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out",
         type=Path,
-        default=Path("comparison.html"),
+        default=None,
         metavar="FILE.html",
-        help="where several runs are compared; the report of a single one goes into its folder",
+        help="default: report.html in the run's folder; of several runs comparison.html here",
     )
     common.add_traceback(parser)
 
@@ -27,7 +27,8 @@ def run(options: argparse.Namespace) -> None:
     """Read, write, say where."""
     directories = [RunDirectory(path) for path in options.runs]
     if len(directories) == 1:
-        print(f"wrote {write_report(directories[0])}")
+        print(f"wrote {write_report(directories[0], options.out)}")
         return
-    write_comparison(directories, options.out)
-    print(f"wrote {options.out}")
+    path = options.out or Path("comparison.html")
+    write_comparison(directories, path)
+    print(f"wrote {path}")

@@ -99,10 +99,14 @@ figure { margin: 0; overflow-x: auto; } svg { min-width: 34rem; }
 """
 
 
-def write_report(directory: RunDirectory) -> Path:
-    """Write ``report.html`` from what the run has left so far; returns its path.
+def write_report(directory: RunDirectory, path: Path | None = None) -> Path:
+    """Write the page from what the run has left so far; returns its path.
 
     A run that was stopped has no ``metrics.json``: the page then says so and shows how far it got.
+
+    Args:
+        directory: the run.
+        path: None is ``report.html`` in its folder.
 
     Raises:
         FileNotFoundError: there is no run in the folder.
@@ -128,7 +132,7 @@ def write_report(directory: RunDirectory) -> Path:
         _pre("Method's settings", metrics.get("settings")),
         _pre("Versions", metrics.get("versions")),
     ]
-    path = directory.path / "report.html"
+    path = directory.path / "report.html" if path is None else path
     atomic_write(path, _page(f"bdu {command}", parts))
     return path
 
