@@ -1,7 +1,27 @@
 """A run directory: what a command was told, what it measured, and what it made.
 
-``config.yaml`` (the settings), ``metrics.jsonl`` (a line a step or epoch), ``metrics.json`` (the
-outcome), ``model.safetensors`` and ``report.html``. Every file is written whole or not at all.
+``config.yaml`` (the settings), ``metrics.jsonl`` (a line a look, epoch or step), ``metrics.json``
+(the outcome; a run that has not ended has none), ``model.safetensors`` and ``report.html``. Every
+file is written whole or not at all. Shares are in [0, 1]; what is no number is null.
+
+``metrics.json`` has all of these keys, null where nothing was measured or there is no such thing:
+
+- ``before``, ``after``: rates of the evaluator: ``clean_accuracy``, ``attack_success_rate``,
+  ``robust_accuracy``, ``false_target_rate``, ``per_class_accuracy`` (a list, empty for language
+  models), and of a language model ``perplexity``. Null without an evaluator; each rate is null
+  where there was nothing to measure it on.
+- ``method``, ``settings`` (of the method, all), ``seed``, ``versions``.
+- ``stopped``: why it ended, in words.
+- ``seconds`` of the method, or of ``bdu poison`` in all; ``total_seconds`` with loading and
+  measuring. Of a run that was resumed: since then.
+- ``weight_change``: ‖θ − θ before‖ / ‖θ before‖ by weight, of images only.
+- ``der``, ``retuned_attack_success_rate``: see :mod:`bdu.metrics` and :mod:`bdu.attacks.retune`.
+- ``planted``, ``planted_trigger_after``, ``template``, ``warnings``, ``memory_plan_bytes``: of
+  language models, see :mod:`bdu.llm.run`.
+
+Every line of ``metrics.jsonl`` has ``step``: how many steps of the optimizer were done, of the
+``phase`` where a language model's run has several. ``steps`` is how many there will be; where that
+is not known, ``round`` and ``rounds`` count the phase. What else a line has, its method measured.
 """
 
 from __future__ import annotations
@@ -19,6 +39,11 @@ import yaml
 from bdu.checkpoint import atomic_write
 
 STARTED_IN = "started_in"
+METRICS = (
+    *("before", "after", "method", "settings", "stopped", "seconds", "total_seconds", "seed"),
+    *("versions", "weight_change", "der", "retuned_attack_success_rate"),
+    *("planted", "planted_trigger_after", "template", "warnings", "memory_plan_bytes"),
+)
 _VERSIONED = ("bdu", "torch", "triton", "numpy", "safetensors")
 
 
@@ -117,11 +142,18 @@ class RunDirectory:
         return lines
 
     def write_metrics(self, metrics: dict[str, Any]) -> None:
-        """Write ``metrics.json``."""
-        atomic_write(self.path / "metrics.json", json.dumps(_plain(metrics), indent=2) + "\n")
+        """Write ``metrics.json``; keys that are not given are null.
+
+        Raises:
+            ValueError: another key.
+        """
+        if others := sorted(set(metrics) - set(METRICS)):
+            raise ValueError(f"metrics: expected keys of {', '.join(METRICS)}, got {others[0]!r}")
+        content = dict.fromkeys(METRICS) | _plain(metrics)
+        atomic_write(self.path / "metrics.json", json.dumps(content, indent=2) + "\n")
 
     def read_metrics(self) -> dict[str, Any]:
-        """Read ``metrics.json``."""
+        """Read ``metrics.json``; keys that earlier versions did not write are None."""
         file = self.path / "metrics.json"
         try:
             metrics = json.loads(file.read_text(encoding="utf-8"))
@@ -129,7 +161,7 @@ class RunDirectory:
             raise ValueError(f"{file}: expected JSON, got {error}") from error
         if not isinstance(metrics, dict):
             raise ValueError(f"{file}: expected an object, got {type(metrics).__name__}")
-        return metrics
+        return dict.fromkeys(METRICS) | metrics
 
 
 def _same(before: Any, now: Any) -> bool:

@@ -140,8 +140,9 @@ def fit(
         companion: what is trained along; see Companion.
 
     Returns:
-        One line an epoch, those before a resume included: epoch (from 1), loss and accuracy
-        (means over the epoch's training batches), seconds, lr (of the last step).
+        One line an epoch, those before a resume included: epoch (from 1), step and steps (done
+        and in all), loss and accuracy (means over the epoch's training batches), seconds, lr (of
+        the last step).
 
     Raises:
         ValueError: an argument out of range, or a state_file of a run with other settings.
@@ -191,6 +192,8 @@ def fit(
             companion.load_state_dict(state["companion"])
         history = state["history"]
     steps = len(_batches(torch.arange(len(x)), batch_size))
+    for line in history:  # of a version that did not count them
+        line |= {"step": line["epoch"] * steps, "steps": epochs * steps}
     rng_devices = [device] if device.type == "cuda" else []
     callbacks = list(callbacks)
     with (
@@ -254,6 +257,8 @@ def fit(
                     bar.update()
             line = {
                 "epoch": epoch,
+                "step": epoch * steps,
+                "steps": epochs * steps,
                 "loss": loss_sum / seen,
                 "accuracy": int(correct) / seen,
                 "seconds": time.perf_counter() - start,

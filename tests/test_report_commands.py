@@ -1,8 +1,9 @@
-"""The commands that a report names: they work as they stand there, from any folder."""
+"""What a command leaves of a run, and the commands that its report names."""
 
 from __future__ import annotations
 
 import html
+import json
 import re
 import shlex
 
@@ -11,9 +12,11 @@ import pytest
 import torch
 import yaml
 
+from bdu import runs
 from bdu.checkpoint import load_state_dict
 from bdu.cli import main
 from bdu.data import save_npz
+from bdu.runs import METRICS, RunDirectory
 
 CLASSES = 3
 FACTORY = f"""from bdu.models import build
@@ -65,6 +68,44 @@ def commands(page):
 def assert_same_weights(one, other):
     one, other = (load_state_dict(run / "model.safetensors") for run in (one, other))
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def test_every_run_writes_the_same_keys(folder):
+    for name in ("planted", "the run"):
+        metrics = json.loads((folder / name / "metrics.json").read_text())
+        assert tuple(metrics) == METRICS
+        text = runs.__doc__
+        assert [key for key in metrics if f"``{key}``" not in text] == []
+        for line in RunDirectory(folder / name).read_lines():
+            assert 0 <= line["step"] <= line["steps"]
+    assert metrics["weight_change"]
+    for key in ("seconds", "total_seconds", "stopped", "settings", "der"):
+        assert metrics[key] is not None, key
+
+
+def test_other_methods_count_the_rounds_of_a_phase(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)
+    out, own = tmp_path / "run", unlearn(str(tmp_path / "run"))
+    own = own[: own.index("--set")] + ["--out", str(out), "--quiet"]
+    assert main([*own, "--method", "fine-tuning", "--set", "epochs=2"]) == 0
+    lines = RunDirectory(out).read_lines()
+    assert [(line.get("round"), line.get("rounds")) for line in lines] == [
+        (None, None),
+        (1, 2),
+        (2, 2),
+    ]
+
+
+def test_earlier_metrics_have_every_key(tmp_path):
+    run = RunDirectory(tmp_path)
+    (tmp_path / "metrics.json").write_text('{"method": "poison", "of_old": 1}')
+    metrics = run.read_metrics()
+    assert metrics["weight_change"] is None
+    assert metrics["of_old"] == 1
+    with pytest.raises(ValueError, match=r"metrics: expected keys of .*, got 'secnods'"):
+        run.write_metrics({"secnods": 1.0})
+    run.write_metrics({"seconds": float("nan")})
+    assert run.read_metrics() == dict.fromkeys(METRICS)
 
 
 def test_again_works_from_any_folder(folder, tmp_path, monkeypatch):

@@ -42,7 +42,9 @@ def test_training_learns_and_tells_each_epoch():
     history = fit(model, *data(), callbacks=[lines.append], **OPTIONS)
     assert lines == history
     assert [line["epoch"] for line in history] == [1, 2, 3, 4]
-    assert set(history[0]) == {"epoch", "loss", "accuracy", "seconds", "lr"}
+    assert set(history[0]) == {"epoch", "step", "steps", "loss", "accuracy", "seconds", "lr"}
+    assert [line["step"] for line in history] == [k * history[0]["step"] for k in (1, 2, 3, 4)]
+    assert {line["steps"] for line in history} == {history[-1]["step"]}
     assert history[-1]["loss"] < history[0]["loss"]
     assert history[-1]["accuracy"] > 0.9
     assert 0 < history[-1]["lr"] < history[0]["lr"]

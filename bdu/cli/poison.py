@@ -154,12 +154,17 @@ def run(options: argparse.Namespace) -> None:
     directory.write_lines(history)
     save_state_dict(directory.model, model.state_dict())
     after = common.rates(model, evaluator, trigger, target)
+    seconds = time.perf_counter() - start
+    told = ("progress", "resume")
     directory.write_metrics(
         {
             "before": None,
             "after": after,
             "method": "poison",
-            "seconds": time.perf_counter() - start,
+            "settings": {k: v for k, v in _training(options).items() if k not in told},
+            "stopped": "ran all its steps",
+            "seconds": seconds,
+            "total_seconds": seconds,
             "seed": options.seed,
             "versions": versions(),
         }

@@ -305,6 +305,7 @@ class _Course:
         attack = float((called == bad.y.cpu()).float().mean())
         line = {
             "step": self.step,
+            "steps": self._settings.unlearn_steps + self._settings.recovery_steps,
             **values,
             "validation_clean_accuracy": clean,
             "validation_attack_success_rate": attack,

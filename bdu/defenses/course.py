@@ -213,6 +213,7 @@ class Course:
                     yield self._round
                 self._round += 1
                 self._optimizer_state = None if optimizer is None else optimizer.state_dict()
+                self.note(round=self._round, rounds=rounds)
                 guarded = guarded_from is not None and self._round > guarded_from
                 line = self._look(name, guarded=guarded)
                 bar.set_postfix(summary(line))

@@ -282,7 +282,8 @@ class _Told(TrainerCallback):
             if state.global_step not in known:  # a run that is resumed logs some twice
                 names = ("loss", "grad_norm", "learning_rate", "epoch")
                 values = {name: logs[name] for name in names if name in logs}
-                self.history.append({"phase": self.phase, "step": state.global_step, **values})
+                counts = {"step": state.global_step, "steps": state.max_steps}
+                self.history.append({"phase": self.phase, **counts, **values})
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.tell(self.history)  # before the checkpoint that a run is resumed from

@@ -164,6 +164,9 @@ class WeightsAndBiases:
         self._run.finish()
 
 
+_COUNTS = ("step", "steps", "round", "rounds")
+
+
 class Logger:
     """A callback that hands every number of a line, and the heat maps, to a writer."""
 
@@ -175,7 +178,7 @@ class Logger:
         numbers = {
             name: float(value)
             for name, value in line.items()
-            if isinstance(value, (int, float)) and name != "step"
+            if isinstance(value, (int, float)) and name not in _COUNTS
         }
         self._writer.scalars(numbers, int(line["step"]))
         if self._attention is not None:

@@ -176,14 +176,14 @@ def verdict(
     metrics: dict[str, Any], lines: Sequence[dict[str, Any]] = (), asked: str = "images"
 ) -> str:
     """The outcome in one sentence; `asked`: what the model was given."""
-    if "seconds" not in metrics:
+    if not metrics:
         if not lines:
             return "The run has not finished, and left nothing to show yet."
         last = lines[-1]
         reached = f"step {last['step']}" if "step" in last else f"epoch {last.get('epoch')}"
         return f"The run has not finished: this is how far it got, {reached}."
     before, after = metrics.get("before"), metrics.get("after")
-    seconds = f"{metrics['seconds']:.1f} s"
+    seconds = "–" if metrics.get("seconds") is None else f"{metrics['seconds']:.1f} s"
     if after is None:
         return (
             f"{metrics['method']} finished in {seconds}; nobody evaluated it: no data were given."
