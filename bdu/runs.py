@@ -38,6 +38,12 @@ import yaml
 
 from bdu.checkpoint import atomic_write
 
+# What earlier versions called a value of a line.
+_RENAMED = {
+    "trigger_attention_share": "tar_share",
+    "trigger_attention_by_area": "tar_share_by_area",
+    "trigger_attention_ratio": "tar_ratio",
+}
 STARTED_IN = "started_in"
 METRICS = (
     *("before", "after", "method", "settings", "stopped", "seconds", "total_seconds", "seed"),
@@ -123,7 +129,7 @@ class RunDirectory:
         atomic_write(self.path / "metrics.jsonl", text)
 
     def read_lines(self) -> list[dict[str, Any]]:
-        """The lines of ``metrics.jsonl``; none where there is no such file."""
+        """The lines of ``metrics.jsonl``, with the names of today; none where there is no file."""
         file = self.path / "metrics.jsonl"
         if not file.exists():
             return []
@@ -139,16 +145,10 @@ class RunDirectory:
                 ) from error
             if not isinstance(lines[-1], dict):
                 raise ValueError(f"{file}: expected an object in line {number}, got {line[:60]!r}")
-        return lines
+        return [{_RENAMED.get(key, key): v for key, v in line.items()} for line in lines]
 
     def write_metrics(self, metrics: dict[str, Any]) -> None:
-        """Write ``metrics.json``; keys that are not given are null.
-
-        Raises:
-            ValueError: another key.
-        """
-        if others := sorted(set(metrics) - set(METRICS)):
-            raise ValueError(f"metrics: expected keys of {', '.join(METRICS)}, got {others[0]!r}")
+        """Write ``metrics.json``; keys that are not given are null."""
         content = dict.fromkeys(METRICS) | _plain(metrics)
         atomic_write(self.path / "metrics.json", json.dumps(content, indent=2) + "\n")
 

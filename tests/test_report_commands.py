@@ -86,7 +86,7 @@ def test_every_run_writes_the_same_keys(folder):
 def test_other_methods_count_the_rounds_of_a_phase(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
     out, own = tmp_path / "run", unlearn(str(tmp_path / "run"))
-    own = own[: own.index("--set")] + ["--out", str(out), "--quiet"]
+    own = [*own[: own.index("--set")], "--out", str(out), "--quiet"]
     assert main([*own, "--method", "fine-tuning", "--set", "epochs=2"]) == 0
     lines = RunDirectory(out).read_lines()
     assert [(line.get("round"), line.get("rounds")) for line in lines] == [
@@ -102,8 +102,6 @@ def test_earlier_metrics_have_every_key(tmp_path):
     metrics = run.read_metrics()
     assert metrics["weight_change"] is None
     assert metrics["of_old"] == 1
-    with pytest.raises(ValueError, match=r"metrics: expected keys of .*, got 'secnods'"):
-        run.write_metrics({"secnods": 1.0})
     run.write_metrics({"seconds": float("nan")})
     assert run.read_metrics() == dict.fromkeys(METRICS)
 
