@@ -28,9 +28,9 @@ from torch import Tensor
 from bdu.checkpoint import atomic_write
 from bdu.cli import main as bdu
 from bdu.defenses import protocol
-from bdu.runs import versions
+from bdu.runs import RunDirectory, versions
 
-TAR = "trigger_attention_by_area"
+TAR = "tar_share_by_area"
 
 
 def watched(arguments: list[str]) -> dict[str, float]:
@@ -68,12 +68,12 @@ def clean(planted: Path, out: Path, seed: int, model: str) -> dict[str, Any]:
         )
         atomic_write(cost, json.dumps(spent) + "\n")
     metrics = json.loads((out / "metrics.json").read_text())
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    lines = RunDirectory(out).read_lines()
     row = {
         "seed": seed,
         "steps": [line["step"] for line in lines],
         "attack_success_rate": [line["validation_attack_success_rate"] for line in lines],
-        "trigger_attention": [line[TAR] for line in lines],
+        "tar": [line[TAR] for line in lines],
         "before": metrics["before"],
         "after": metrics["after"],
         "seconds": metrics["seconds"],
@@ -82,7 +82,7 @@ def clean(planted: Path, out: Path, seed: int, model: str) -> dict[str, Any]:
         row |= json.loads(cost.read_text())
     known = [
         pair
-        for pair in zip(row["trigger_attention"], row["attack_success_rate"], strict=True)
+        for pair in zip(row["tar"], row["attack_success_rate"], strict=True)
         if pair[0] is not None
     ]
     row["rank_correlation"] = rank_correlation(*map(torch.tensor, zip(*known, strict=True)))
@@ -124,7 +124,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         spent = row.get("callback_seconds")
         share = "–" if spent is None else f"{100 * spent / row['seconds']:.1f} %"
         rates = [100 * row[k]["attack_success_rate"] for k in ("before", "after")]
-        tars = [row["trigger_attention"][k] for k in (0, -1)]
+        tars = [row["tar"][k] for k in (0, -1)]
         cells = [*map(shown, tars), *(f"{rate:.2f} %" for rate in rates)]
         text.append(
             f"| {row['seed']} | "
@@ -133,7 +133,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         )
     text += ["", "Over the looks (step: TAR, ASR on the validation split):", ""]
     for row in rows:
-        pairs = zip(row["steps"], row["trigger_attention"], row["attack_success_rate"], strict=True)
+        pairs = zip(row["steps"], row["tar"], row["attack_success_rate"], strict=True)
         curve = "; ".join(f"{s}: {shown(t)}, {100 * a:.0f} %" for s, t, a in pairs)
         text.append(f"- seed {row['seed']}: {curve}")
     return "\n".join(text) + "\n"

@@ -16,7 +16,7 @@ from bdu.monitor.attention import (
     attention_entropy,
     attribution_share,
     difference_mask,
-    trigger_attention,
+    tar,
 )
 from bdu.monitor.gradcam import grad_cam, target_layer
 from bdu.monitor.live import AttentionMonitor, Logger, TensorBoard, WeightsAndBiases
@@ -198,7 +198,7 @@ def test_model_without_places_is_refused():
         target_layer(model, torch.rand(1, 3, 4, 4))
 
 
-def test_trigger_attention_has_two_forms_and_knows_the_area():
+def test_tar_has_two_forms_and_knows_the_area():
     heat = torch.zeros(4, 4, 4)
     mask = torch.zeros(4, 4, dtype=torch.bool)
     mask[:2, :2] = True
@@ -206,15 +206,15 @@ def test_trigger_attention_has_two_forms_and_knows_the_area():
     heat[1, 0, 0] = 3
     heat[1, 3, 3] = 1
     heat[2, 3, 3] = 1
-    found = trigger_attention(heat, mask)
+    found = tar(heat, mask)
     nan = math.nan
     assert found.share.tolist() == pytest.approx([0.25, 0.75, 0, nan], nan_ok=True)
     assert found.share_by_area.tolist() == pytest.approx([1, 3, 0, nan], nan_ok=True)
     # (3 / 4) / (1 / 12)
     assert found.ratio.tolist() == pytest.approx([1, 9, 0, nan], nan_ok=True)
-    each = trigger_attention(heat, mask.expand(4, 4, 4))
+    each = tar(heat, mask.expand(4, 4, 4))
     torch.testing.assert_close(each.ratio, found.ratio, equal_nan=True)
-    whole = trigger_attention(heat, torch.ones(4, 4, dtype=torch.bool))
+    whole = tar(heat, torch.ones(4, 4, dtype=torch.bool))
     assert whole.share[:3].tolist() == [1, 1, 1]
     assert whole.ratio.isnan().all()
 
@@ -222,7 +222,7 @@ def test_trigger_attention_has_two_forms_and_knows_the_area():
 def test_attention_on_the_trigger_alone_has_an_infinite_ratio():
     heat = torch.zeros(1, 4, 4)
     heat[0, 0, 0] = 2
-    assert trigger_attention(heat, heat[0] > 0).ratio.item() == math.inf
+    assert tar(heat, heat[0] > 0).ratio.item() == math.inf
 
 
 @pytest.mark.parametrize(
@@ -235,9 +235,9 @@ def test_attention_on_the_trigger_alone_has_an_infinite_ratio():
         (torch.ones(1, 4, 4), torch.zeros(4, 4).bool(), "mask: expected at least one place"),
     ],
 )
-def test_trigger_attention_refuses_what_does_not_fit(heat, mask, message):
+def test_tar_refuses_what_does_not_fit(heat, mask, message):
     with pytest.raises(ValueError, match=message):
-        trigger_attention(heat, mask)
+        tar(heat, mask)
 
 
 def test_entropy_is_between_one_place_and_all():
@@ -286,13 +286,13 @@ def test_monitor_adds_the_means_of_the_probe_and_keeps_the_maps(tmp_path):
     found = [monitor({"step": step}, model) for step in (0, 5, 10)]
     heat = grad_cam(model, images.float() / 255, 0)
     alive = heat.flatten(1).sum(1) > 0
-    attention = trigger_attention(heat[alive], mask)
+    attention = tar(heat[alive], mask)
     assert found[0] == pytest.approx(
         {
             "attention_entropy": float(attention_entropy(heat[alive]).mean()),
-            "trigger_attention_share": float(attention.share.mean()),
-            "trigger_attention_by_area": float(attention.share_by_area.mean()),
-            "trigger_attention_ratio": float(attention.ratio.mean()),
+            "tar_share": float(attention.share.mean()),
+            "tar_share_by_area": float(attention.share_by_area.mean()),
+            "tar_ratio": float(attention.ratio.mean()),
         }
     )
     with np.load(file, allow_pickle=False) as kept:
@@ -345,7 +345,7 @@ def test_logger_writes_numbers_and_pictures():
     (values, step), picture = written
     assert step == 4
     assert values["loss"] == 0.5
-    assert "trigger_attention_share" in values
+    assert "tar_share" in values
     assert not {"step", "phase", "penalty"} & set(values)
     assert picture == ("attention", (16, 96, 3), 4)
 

@@ -43,8 +43,8 @@ def make_run(path, finished=True, after=0.0234, seconds=12.34):
                 "validation_clean_accuracy": 0.9 - step / 1000,
                 "validation_attack_success_rate": 1 - step / 50,
                 "validation_robust_accuracy": step / 60,
-                "trigger_attention_share": 0.4 - step / 200,
-                "trigger_attention_by_area": 4 - step / 20,
+                "tar_share": 0.4 - step / 200,
+                "tar_share_by_area": 4 - step / 20,
             }
         )
     run.write_lines(lines)
@@ -179,11 +179,24 @@ def test_words_follow_the_attention(tmp_path):
     run = make_run(tmp_path / "run")
     assert "Attention on the trigger fell" in write_report(run).read_text()
     lines = run.read_lines()
-    lines[-1]["trigger_attention_share"] = 0.5
+    lines[-1]["tar_share"] = 0.5
     run.write_lines(lines)
     page = write_report(run).read_text()
     assert "Attention on the trigger did not fall" in page
     assert "40.00 % lay on it before and 50.00 % in the end" in page
+
+
+def test_runs_of_earlier_versions_are_read(tmp_path):
+    run = make_run(tmp_path / "run")
+    page = write_report(run).read_text()
+    file = run.path / "metrics.jsonl"
+    old = {"tar_share": "trigger_attention_share", "tar_share_by_area": "trigger_attention_by_area"}
+    text = file.read_text()
+    for new, name in old.items():
+        assert f'"{new}"' in text
+        text = text.replace(f'"{new}"', f'"{name}"')
+    file.write_text(text)
+    assert write_report(run).read_text() == page
 
 
 def test_run_that_was_stopped_has_a_report(tmp_path, capsys):

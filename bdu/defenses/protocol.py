@@ -30,7 +30,7 @@ _SHOWN = {
     "validation_clean_accuracy": "clean",
     "validation_attack_success_rate": "ASR",
     "validation_robust_accuracy": "robust",
-    "trigger_attention_share": "TAR",
+    "tar_share": "TAR",
 }
 
 

@@ -1,6 +1,6 @@
 """Watching a run and telling about it."""
 
-from bdu.monitor.attention import attention_entropy, attribution_share, trigger_attention
+from bdu.monitor.attention import attention_entropy, attribution_share, tar
 from bdu.monitor.gradcam import grad_cam
 from bdu.monitor.live import AttentionMonitor
 
@@ -9,5 +9,5 @@ __all__ = [
     "attention_entropy",
     "attribution_share",
     "grad_cam",
-    "trigger_attention",
+    "tar",
 ]

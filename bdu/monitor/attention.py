@@ -1,8 +1,9 @@
 """How much of a model's attention a trigger has: TAR, and how spread the attention is.
 
-TAR ("trigger attention ratio") is reported in two forms, since writings differ in which they mean:
-the share of all attention that falls on the trigger, and the ratio of the mean attention on the
-trigger to that beside it. Low attention does not prove that a backdoor is gone; ASR does.
+TAR ("trigger attention ratio") has two forms, since writings differ in which they mean: the share
+of all attention that falls on the trigger (``tar_share`` in a run's files, "TAR" where no other is
+named), and the ratio of the mean attention on the trigger to that beside it (``tar_ratio``). Low
+attention does not prove that a backdoor is gone; ASR does.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class TriggerAttention:
+class TAR:
     """Of each image, (N,) float64; NaN where the heat map is zero everywhere.
 
     Attributes:
@@ -30,7 +31,7 @@ class TriggerAttention:
     ratio: Tensor
 
 
-def trigger_attention(heat: Tensor, mask: Tensor) -> TriggerAttention:
+def tar(heat: Tensor, mask: Tensor) -> TAR:
     """Compare heat maps H with the mask M of a trigger.
 
     Args:
@@ -55,7 +56,7 @@ def trigger_attention(heat: Tensor, mask: Tensor) -> TriggerAttention:
     share = (wide * inside).sum((1, 2)) / wide.sum((1, 2))
     # 0 / 0 is NaN, as it should be: a dead map, or nothing beside the trigger
     ratio = (share / area) / ((1 - share) / (1 - area))
-    return TriggerAttention(share, share / area, torch.where(area == 1, math.nan, ratio))
+    return TAR(share, share / area, torch.where(area == 1, math.nan, ratio))
 
 
 def attention_entropy(heat: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from bdu.checkpoint import atomic_write
 from bdu.data import as_unit_float
-from bdu.monitor.attention import attention_entropy, trigger_attention
+from bdu.monitor.attention import attention_entropy, tar
 from bdu.monitor.gradcam import grad_cam, target_layer
 from bdu.monitor.panels import Pixels, as_pixels, overlay
 
@@ -30,8 +30,8 @@ class AttentionMonitor:
     """Heat maps of the attacker's target on a fixed probe, at every look.
 
     Adds to the line, as means over the probe without dead maps (None where all are dead):
-    ``trigger_attention_share``, ``trigger_attention_by_area`` and ``trigger_attention_ratio`` (see
-    :class:`bdu.monitor.attention.TriggerAttention`; only with a mask that leaves something out),
+    ``tar_share``, ``tar_share_by_area`` and ``tar_ratio`` (see
+    :class:`bdu.monitor.attention.TAR`; only with a mask that leaves something out),
     and ``attention_entropy``.
 
     Args:
@@ -70,10 +70,10 @@ class AttentionMonitor:
         heat = grad_cam(model, as_unit_float(self._images), self._targets, layer=self._layer).cpu()
         found: dict[str, Any] = {"attention_entropy": _mean(attention_entropy(heat))}
         if self._mask is not None:
-            attention = trigger_attention(heat, self._mask.cpu())
-            found["trigger_attention_share"] = _mean(attention.share)
-            found["trigger_attention_by_area"] = _mean(attention.share_by_area)
-            found["trigger_attention_ratio"] = _mean(attention.ratio)
+            attention = tar(heat, self._mask.cpu())
+            found["tar_share"] = _mean(attention.share)
+            found["tar_share_by_area"] = _mean(attention.share_by_area)
+            found["tar_ratio"] = _mean(attention.ratio)
         self._keep(int(line["step"]), heat[:SHOWN].numpy())
         return found
 

@@ -61,7 +61,7 @@ _CURVES = (
     ("validation_clean_accuracy", "clean accuracy", "var(--blue)", ""),
     ("validation_attack_success_rate", "ASR", "var(--orange)", "7 4"),
     ("validation_robust_accuracy", "robust acc.", "var(--green)", "2 3"),
-    ("trigger_attention_share", "TAR (share)", "var(--pink)", "9 3 2 3"),
+    ("tar_share", "TAR (share)", "var(--pink)", "9 3 2 3"),
 )
 _PHASES = {"unlearn": "unlearning", "recovery": "recovery"}
 # A picture of a few pixels is shown this large, in pixels.
@@ -327,7 +327,7 @@ def _curves(lines: Sequence[dict[str, Any]]) -> str:
     if not chart:
         return ""
     told = ""
-    watched = [line for line in lines if line.get("trigger_attention_share") is not None]
+    watched = [line for line in lines if line.get("tar_share") is not None]
     if watched:
         told = _attention_in_words(watched)
     return f"<h2>On the defender's validation split</h2>{chart}{told}"
@@ -335,12 +335,12 @@ def _curves(lines: Sequence[dict[str, Any]]) -> str:
 
 def _attention_in_words(lines: Sequence[dict[str, Any]]) -> str:
     first, last = lines[0], lines[-1]
-    fell = last["trigger_attention_share"] < first["trigger_attention_share"]
-    by_area = [line.get("trigger_attention_by_area") for line in (first, last)]
+    fell = last["tar_share"] < first["tar_share"]
+    by_area = [line.get("tar_share_by_area") for line in (first, last)]
     text = (
         f"Attention on the trigger {'fell' if fell else 'did not fall'}: of all attention for the "
-        f"attacker's class, {_percent(first['trigger_attention_share'])} lay on it before and "
-        f"{_percent(last['trigger_attention_share'])} in the end"
+        f"attacker's class, {_percent(first['tar_share'])} lay on it before and "
+        f"{_percent(last['tar_share'])} in the end"
     )
     if None not in by_area:
         text += f" ({by_area[0]:.2f} and {by_area[1]:.2f} times its share of the image)"
