@@ -12,7 +12,9 @@ import pytest
 
 from bdu.cli import main
 from bdu.monitor.charts import Curve, line_chart
-from bdu.monitor.report import verdict, write_comparison, write_report
+from bdu.monitor.comparison import write_comparison
+from bdu.monitor.report import write_report
+from bdu.monitor.words import verdict
 from bdu.runs import RunDirectory
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 
 from bdu.cli import common
-from bdu.monitor.report import write_comparison, write_report
+from bdu.monitor.comparison import write_comparison
+from bdu.monitor.report import write_report
 from bdu.runs import RunDirectory
 
 

@@ -1,0 +1,56 @@
+"""One page with several runs side by side."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from pathlib import Path
+
+from bdu.checkpoint import atomic_write
+from bdu.monitor.curves import chart
+from bdu.monitor.page import page, percent
+from bdu.monitor.record import Record
+from bdu.monitor.words import RATES, verdict
+from bdu.runs import RunDirectory
+
+
+def write_comparison(directories: Sequence[RunDirectory], path: Path) -> None:
+    """Write one page with several runs side by side.
+
+    Raises:
+        FileNotFoundError: there is no run in one of the folders.
+    """
+    runs = [(_name(d, directories), Record.read(d)) for d in directories]
+    head = "".join(f'<th class="number" scope="col">{html.escape(name)}</th>' for name, _ in runs)
+
+    def row(title: str, cells: Sequence[str]) -> str:
+        values = "".join(f'<td class="number">{cell}</td>' for cell in cells)
+        return f'<tr><th scope="row">{title}</th>{values}</tr>'
+
+    rows = [row("method", [html.escape(str(run.metrics.get("method", "–"))) for _, run in runs])]
+    for when in ("before", "after"):
+        for key, (title, _) in RATES.items():
+            cells = [percent((run.metrics.get(when) or {}).get(key)) for _, run in runs]
+            rows.append(row(f"{title}, {when}", cells))
+    retuned = [percent(run.metrics.get("retuned_attack_success_rate")) for _, run in runs]
+    rows.append(row("ASR after the retune attack", retuned))
+    seconds = [run.metrics.get("seconds") for _, run in runs]
+    rows.append(row("seconds", ["–" if s is None else f"{s:.1f}" for s in seconds]))
+    meanings = "".join(f"<dt>{title}</dt><dd>{meaning}</dd>" for title, meaning in RATES.values())
+    parts = [
+        f"<h1>{len(runs)} runs</h1>",
+        f'<div class="wide"><table><thead><tr><th scope="col">Rate</th>{head}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div><dl>{meanings}</dl>",
+    ]
+    for name, run in runs:
+        parts.append(f"<h2>{html.escape(name)}</h2>")
+        parts.append(f"<p>{html.escape(verdict(run.metrics, run.lines))}</p>")
+        parts.append(chart(run.lines))
+    atomic_write(path, page(f"{len(runs)} runs", parts))
+
+
+def _name(directory: RunDirectory, among: Sequence[RunDirectory]) -> str:
+    """The folder's name, or its path where names are not distinct."""
+    names = [d.path.resolve().name for d in among]
+    own = directory.path.resolve().name
+    return own if names.count(own) == 1 else str(directory.path)

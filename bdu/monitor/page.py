@@ -1,0 +1,63 @@
+"""What every page of a report is made of: its style, its frame, numbers in percent."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1b1b1f; --soft: #5d6068; --paper: #ffffff;
+  --line: #d9dbe0; --blue: #0072b2; --orange: #b34a00; --green: #00795a; --pink: #a8467b; }
+@media (prefers-color-scheme: dark) { :root { --ink: #ececf1; --soft: #a4a8b3;
+  --paper: #16171b; --line: #34363d; --blue: #56b4e9; --orange: #f0a03c; --green: #2fc49b;
+  --pink: #e28fbd; } }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
+  max-width: 54rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; margin-bottom: .25rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
+.verdict { font-size: 1.15rem; } .soft, dd, figcaption { color: var(--soft); }
+.meaning { font-weight: normal; } h3 { font-size: 1rem; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; }
+th, td { text-align: left; padding: .4rem .6rem; border-bottom: 1px solid var(--line); }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums;
+  white-space: nowrap; }
+td.bar { width: 40%; min-width: 6rem; } td.bar span { display: block; height: .7rem;
+  background: var(--blue); }
+td.said { white-space: pre-wrap; overflow-wrap: anywhere; vertical-align: top;
+  font: .85rem/1.4 ui-monospace, monospace; min-width: 9rem; }
+td.picture { padding: .3rem; border: 0; } td.picture img { display: block; width: 96px;
+  height: 96px; image-rendering: pixelated; }
+table.pictures { width: auto; } table.pictures th { border: 0; font-weight: normal; }
+pre { overflow-x: auto; border: 1px solid var(--line); padding: .75rem; font-size: .85rem; }
+summary h2 { display: inline; } details { margin-top: 2rem; }
+svg { width: 100%; height: auto; } svg text { fill: var(--soft); font-size: 12px; }
+figure { margin: 0; overflow-x: auto; } svg { min-width: 34rem; }
+@media (max-width: 40rem) { th, td { padding: .35rem .4rem; } }
+@media print { body { margin: 0; max-width: none; } table.pictures, figure, tr {
+  break-inside: avoid; } }
+"""
+
+
+def page(title: str, parts: Sequence[str]) -> str:
+    """A whole page; empty parts are left out."""
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head>"
+        f"<body>{''.join(part for part in parts if part)}</body></html>\n"
+    )
+
+
+def folded(title: str, values: dict[str, Any] | None) -> str:
+    """Values as YAML, to be opened; "" without any."""
+    if not values:
+        return ""
+    text = html.escape(yaml.safe_dump(values, sort_keys=False))
+    return f"<details><summary><h2>{html.escape(title)}</h2></summary><pre>{text}</pre></details>"
+
+
+def percent(rate: float | None) -> str:
+    """A share as the pages show it."""
+    return "–" if rate is None else f"{100 * rate:.2f} %"

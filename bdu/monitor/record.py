@@ -1,0 +1,72 @@
+"""A run as its folder tells of it."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bdu.runs import STARTED_IN, RunDirectory
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a run has left so far.
+
+    Attributes:
+        directory: its folder.
+        command: ``bdu``'s that made it.
+        config: its settings.
+        started_in: the folder it was started in; "" of a run of an earlier version.
+        metrics: of ``metrics.json``; empty while there is none, so while the run has not ended.
+        lines: of ``metrics.jsonl``.
+    """
+
+    directory: RunDirectory
+    command: str
+    config: dict[str, Any]
+    started_in: str
+    metrics: dict[str, Any]
+    lines: list[dict[str, Any]]
+
+    @classmethod
+    def read(cls, directory: RunDirectory) -> Record:
+        """Read a folder.
+
+        Raises:
+            FileNotFoundError: there is no run in it.
+            ValueError: a file is not what it should be; names it.
+        """
+        config = _config(directory.path / "config.yaml")
+        ended = (directory.path / "metrics.json").exists()
+        metrics = directory.read_metrics() if ended else {}
+        command = str(config.pop("command", metrics.get("method", "run")))
+        started_in = str(config.pop(STARTED_IN, ""))
+        return cls(directory, command, config, started_in, metrics, directory.read_lines())
+
+    def again(self) -> str:
+        """What to type to have the run once more, with its settings from its own config.yaml."""
+        return self._typed("--out", "AGAIN")
+
+    def _typed(self, *more: str) -> str:
+        file = str(self.directory.path.absolute() / "config.yaml")
+        line = shlex.join(["bdu", self.command, "--config", file, *more])
+        if self.started_in and ":" in str(self.config.get("model")):
+            # a factory, which is looked for there
+            line = f"cd {shlex.quote(self.started_in)} && {line}"
+        return line
+
+
+def _config(file: Path) -> dict[str, Any]:
+    if not file.exists():
+        raise FileNotFoundError(f"{file.parent}: expected a run with config.yaml, got none")
+    try:
+        config = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file}: expected YAML, got {str(error).splitlines()[0]}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{file}: expected settings by name, got {type(config).__name__}")
+    return config
