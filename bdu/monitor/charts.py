@@ -12,7 +12,7 @@ class Curve:
     """One line of a chart.
 
     Attributes:
-        title: what it is called, at its end and in the text for those who cannot see it.
+        title: what it is called, in the legend and in the text for those who cannot see it.
         colour: a CSS colour.
         dashes: SVG's stroke-dasharray; differs from curve to curve, as colour alone says nothing
             to some.
@@ -25,72 +25,74 @@ class Curve:
     points: Sequence[tuple[float, float]]
 
 
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 720, 296, 48, 130, 30, 34
-_LINE = 15  # between two titles
+CHART_STYLE = """
+figure { margin: 0; } .plot { position: relative; height: 15rem; margin: 2.6rem 0 2rem 3.4rem; }
+.plot svg { position: absolute; width: 100%; height: 100%; overflow: visible; }
+.plot line, .plot polyline, .legend line { vector-effect: non-scaling-stroke; }
+.plot span { position: absolute; font-size: .8rem; color: var(--soft); white-space: nowrap; }
+.plot .tick { right: calc(100% + .4rem); transform: translateY(-50%); }
+.plot .phase { bottom: 100%; padding: 0 .3rem; } .plot .step { top: 100%; padding-top: .2rem; }
+.legend { list-style: none; display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; margin: 0;
+  padding: 0; font-size: .9rem; } .legend svg { width: 2rem; height: .6rem; margin-right: .4rem; }
+"""
+_STROKE = 'stroke-width="2.5" fill="none"'
 
 
 def line_chart(curves: Sequence[Curve], phases: Sequence[tuple[float, str]] = ()) -> str:
-    """A figure of shares over steps; `phases` are steps at which one begins, with its name."""
+    """A figure of shares over steps; `phases` are steps at which one begins, with its name.
+
+    Lines are SVG that takes any width, and words are HTML beside it, as large on a phone as they
+    are on a desk.
+    """
     drawn = [curve for curve in curves if len(curve.points)]
     last = max((curve.points[-1][0] for curve in drawn), default=0) or 1
-
-    def x(step: float) -> float:
-        return _LEFT + (_WIDTH - _LEFT - _RIGHT) * step / last
-
-    def y(value: float) -> float:
-        return _TOP + (_HEIGHT - _TOP - _BOTTOM) * (1 - min(1.0, max(0.0, value)))
-
-    parts = []
+    lines, words = [], []
     for tick in (0.0, 0.25, 0.5, 0.75, 1.0):
-        parts.append(
-            f'<line x1="{_LEFT}" x2="{x(last):.1f}" y1="{y(tick):.1f}" y2="{y(tick):.1f}" '
-            'stroke="var(--line)"/>'
-            f'<text x="{_LEFT - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">'
-            f"{100 * tick:.0f} %</text>"
+        height = 100 * (1 - tick)
+        lines.append(
+            f'<line x1="0" x2="100" y1="{height:g}" y2="{height:g}" stroke="var(--line)"/>'
         )
-    for step, name in phases:
-        parts.append(
-            f'<line x1="{x(step):.1f}" x2="{x(step):.1f}" y1="{_TOP - 22}" '
-            f'y2="{_HEIGHT - _BOTTOM}" stroke="var(--soft)" stroke-dasharray="2 4"/>'
-            f'<text x="{x(step) + 4:.1f}" y="{_TOP - 12}">{html.escape(name)}</text>'
+        words.append(f'<span class="tick" style="top:{height:g}%">{100 * tick:.0f} %</span>')
+    for i, (step, name) in enumerate(phases):
+        x = 100 * step / last
+        side = f"left:{x:.1f}%" if x <= 50 else f"right:{100 - x:.1f}%"
+        above = f";margin-bottom:{1.1 * (i % 2):g}rem" if len(phases) > 2 else ""
+        lines.append(
+            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="-8" y2="100" stroke="var(--soft)" '
+            'stroke-dasharray="2 4"/>'
         )
-    titles = _apart([y(curve.points[-1][1]) for curve in drawn])
-    for curve, height in zip(drawn, titles, strict=True):
-        path = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in curve.points)
-        parts.append(
-            f'<polyline points="{path}" fill="none" stroke="{curve.colour}" stroke-width="2.5" '
-            f'stroke-dasharray="{curve.dashes}"/>'
-            f'<line x1="{x(last) + 5:.1f}" x2="{x(last) + 25:.1f}" y1="{height:.1f}" '
-            f'y2="{height:.1f}" stroke="{curve.colour}" stroke-width="2.5" '
-            f'stroke-dasharray="{curve.dashes}"/>'
-            f'<text x="{x(last) + 29:.1f}" y="{height + 4:.1f}">{html.escape(curve.title)}</text>'
+        words.append(f'<span class="phase" style="{side}{above}">{html.escape(name)}</span>')
+    for curve in drawn:
+        points = " ".join(f"{100 * x / last:.2f},{_height(y):.2f}" for x, y in curve.points)
+        lines.append(
+            f'<polyline points="{points}" stroke="{curve.colour}" '
+            f'stroke-dasharray="{curve.dashes}" {_STROKE}/>'
         )
-    parts.append(
-        f'<text x="{_LEFT}" y="{_HEIGHT - 8}">step 0</text>'
-        f'<text x="{x(last):.1f}" y="{_HEIGHT - 8}" text-anchor="end">step {last:g}</text>'
-    )
+    words.append('<span class="step" style="left:0">step 0</span>')
+    words.append(f'<span class="step" style="right:0">step {last:g}</span>')
     said = "; ".join(
         f"{curve.title} from {100 * curve.points[0][1]:.1f} % to {100 * curve.points[-1][1]:.1f} %"
         for curve in drawn
     )
     return (
-        f'<figure><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
-        f'aria-label="{html.escape(said)}">{"".join(parts)}</svg>'
+        f'<figure><ul class="legend">{"".join(map(_legend, drawn))}</ul><div class="plot">'
+        '<svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img" '
+        f'aria-label="{html.escape(said)}">{"".join(lines)}</svg>'
+        f'<div aria-hidden="true">{"".join(words)}</div></div>'
         f"<figcaption>{html.escape(said)}.</figcaption></figure>"
     )
 
 
-def _apart(heights: Sequence[float]) -> list[float]:
-    """Heights of titles, moved apart until none covers another, from the highest on."""
-    placed = [0.0] * len(heights)
-    above = float("-inf")
-    for i in sorted(range(len(heights)), key=lambda i: heights[i]):
-        placed[i] = above = max(heights[i], above + _LINE)
-    below = float(_HEIGHT - _BOTTOM)
-    for i in sorted(range(len(heights)), key=lambda i: -placed[i]):
-        placed[i] = below = min(placed[i], below)
-        below -= _LINE
-    return placed
+def _height(value: float) -> float:
+    return 100 * (1 - min(1.0, max(0.0, value)))
+
+
+def _legend(curve: Curve) -> str:
+    return (
+        '<li><svg viewBox="0 0 32 10" aria-hidden="true"><line x1="0" x2="32" y1="5" y2="5" '
+        f'stroke="{curve.colour}" stroke-dasharray="{curve.dashes}" {_STROKE}/></svg>'
+        f"{html.escape(curve.title)}</li>"
+    )
 
 
 def bar_table(head: tuple[str, str], rows: Sequence[tuple[str, float]], unit: str = " %") -> str:

@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from bdu.monitor.charts import CHART_STYLE
+
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1b1f; --soft: #5d6068; --paper: #ffffff;
   --line: #d9dbe0; --blue: #0072b2; --orange: #b34a00; --green: #00795a; --pink: #a8467b; }
@@ -27,17 +29,18 @@ td.bar { width: 40%; min-width: 6rem; } td.bar span { display: block; height: .7
   background: var(--blue); }
 td.said { white-space: pre-wrap; overflow-wrap: anywhere; vertical-align: top;
   font: .85rem/1.4 ui-monospace, monospace; min-width: 9rem; }
-td.picture { padding: .3rem; border: 0; } td.picture img { display: block; width: 96px;
-  height: 96px; image-rendering: pixelated; }
-table.pictures { width: auto; } table.pictures th { border: 0; font-weight: normal; }
+td.picture { padding: .3rem; border: 0; vertical-align: top; }
+td.picture img { display: block; width: min(96px, 19vw); image-rendering: pixelated; }
+table.pictures { width: auto; } table.pictures th { border: 0; font-weight: normal;
+  font-size: .85rem; }
 pre { overflow-x: auto; border: 1px solid var(--line); padding: .75rem; font-size: .85rem; }
 summary h2 { display: inline; } details { margin-top: 2rem; }
-svg { width: 100%; height: auto; } svg text { fill: var(--soft); font-size: 12px; }
-figure { margin: 0; overflow-x: auto; } svg { min-width: 34rem; }
-@media (max-width: 40rem) { th, td { padding: .35rem .4rem; } }
+@media (max-width: 40rem) { th, td { padding: .35rem .3rem; } td.picture { padding: .1rem; }
+  td.bar { min-width: 2rem; } th code { overflow-wrap: anywhere; } }
 @media print { body { margin: 0; max-width: none; } table.pictures, figure, tr {
   break-inside: avoid; } }
 """
+STYLE += CHART_STYLE
 
 
 def page(title: str, parts: Sequence[str]) -> str:

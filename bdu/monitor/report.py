@@ -145,7 +145,7 @@ def _attention(directory: RunDirectory, lines: Sequence[dict[str, Any]]) -> str:
     chosen = sorted({0, len(steps) // 2, len(steps) - 1})
     factor = max(1, round(_PICTURE / images.shape[1]))
     outline = " The dashed line is the trigger's outline." if mask.any() else ""
-    head = '<th scope="col">triggered image</th>' + "".join(
+    head = '<th scope="col">image</th>' + "".join(
         f'<th scope="col">{"before" if steps[i] == 0 else f"step {steps[i]}"}</th>' for i in chosen
     )
     rows = []
