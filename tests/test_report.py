@@ -13,8 +13,9 @@ import pytest
 
 from bdu.cli import main
 from bdu.monitor.comparison import write_comparison
+from bdu.monitor.curves import chart
 from bdu.monitor.report import write_report
-from bdu.monitor.words import verdict
+from bdu.monitor.words import unfinished, verdict
 from bdu.runs import RunDirectory
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -41,6 +42,7 @@ def make_run(path, finished=True, after=0.0234, seconds=12.34):
         lines.append(
             {
                 "step": step,
+                "steps": 60,
                 "phase": phase,
                 "validation_clean_accuracy": 0.9 - step / 1000,
                 "validation_attack_success_rate": 1 - step / 50,
@@ -205,14 +207,63 @@ def test_run_that_was_stopped_has_a_report(tmp_path, capsys):
     run = make_run(tmp_path / "run", finished=False)
     assert main(["report", str(run.path)]) == 0
     page = (run.path / "report.html").read_text()
-    assert "The run has not finished: this is how far it got, step 50." in page
+    assert "The run is unfinished" in page
+    assert (
+        "step 50 of 60, in its phase recovery, with clean accuracy 85.00 % and ASR 0.00 %" in page
+    )
+    assert f"--config {run.path}/config.yaml --out {run.path} --resume</pre>" in page
+    assert "Nothing was kept to go on from" in page
     assert "<svg" in page
     assert "<img" in page
     assert shown(page) == {}
+    run.state.touch()
+    assert "It goes on from its last look." in write_report(run).read_text()
     run.attention.unlink()
     run.write_lines([])
-    write_report(run)
-    assert "left nothing to show yet" in (run.path / "report.html").read_text()
+    page = write_report(run).read_text()
+    assert "left nothing to show yet" in page
+    assert "--resume</pre>" in page
+    assert "unfinished" not in write_report(make_run(tmp_path / "ended")).read_text()
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ({"step": 24, "phase": "tune", "round": 3, "rounds": 20}, "step 24, round 3 of 20 of its"),
+        ({"step": 0, "steps": 500, "phase": "before"}, "step 0 of 500."),
+        (
+            {"step": 9, "steps": 30, "phase": "plant", "loss": 2.5},
+            "in its phase plant, with a loss",
+        ),
+        ({"epoch": 3, "loss": 1.0}, "epoch 3, with a loss of 1."),
+    ],
+)
+def test_every_kind_of_line_tells_how_far_a_run_got(line, expected):
+    assert expected in unfinished([{"step": 0}, line])
+
+
+def test_loss_is_drawn_where_nothing_else_was_measured(tmp_path):
+    lines = [
+        {"phase": phase, "step": step, "steps": 3, "loss": loss}
+        for phase, losses in (("plant", [3, 2, 1]), ("unlearn", [4, 1, 0.5]))
+        for step, loss in enumerate(losses, 1)
+    ]
+    drawn = chart(lines)
+    # the second phase counts its own steps
+    assert "step 6<" in drawn
+    assert "loss from 3 to 0.5" in drawn
+    assert [name for name in ("planting", "unlearning") if name in drawn] == [
+        "planting",
+        "unlearning",
+    ]
+    points = re.search(r'points="([^"]+)"', drawn)[1].split()
+    assert [float(p.split(",")[0]) for p in points] == pytest.approx(
+        [100 * k / 6 for k in range(1, 7)], abs=0.01
+    )
+    assert [float(p.split(",")[1]) for p in points] == [25, 50, 75, 0, 75, 87.5]
+    poisoned = [{"epoch": k, "step": k, "loss": 1 / k, "accuracy": k / 4} for k in (1, 2, 3)]
+    assert "training accuracy from 25.0 % to 75.0 %" in chart(poisoned)
+    assert chart(lines[:1]) == ""
 
 
 def test_several_runs_stand_side_by_side(tmp_path, capsys):
@@ -224,8 +275,14 @@ def test_several_runs_stand_side_by_side(tmp_path, capsys):
     assert main(["report", *paths, "--out", str(out)]) == 0
     page = out.read_text()
     # two of one name are told apart by their paths
-    for name in (*paths[:2], "unfinished", "2.34 %", "50.00 %", "12.3", "99.0", "has not finished"):
+    for name in (*paths[:2], "unfinished", "2.34 %", "50.00 %", "12.3", "99.0"):
         assert name in page, name
+    # of the one that was stopped: how far it got, by what, what it had reached, how to go on
+    assert "unfinished: step 50 of 60, in its phase recovery</td>" in page
+    assert page.count('<td class="number">balanced</td>') == 3
+    assert page.count('<td class="number">85.00 %</td>') == 3
+    assert page.count(f"--out {three.path} --resume</pre>") == 1
+    assert page.count("--resume") == 1
     assert page.count('role="img"') == 3
     assert not (one.path / "report.html").exists()
     write_comparison([one], out)

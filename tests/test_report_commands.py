@@ -61,8 +61,8 @@ def unlearn(out, *more, model="smallcnn"):
 
 def commands(page):
     """What stands in the page to be typed, apart from `cd`."""
-    text = html.unescape(page)
-    return [shlex.split(line) for line in re.findall(r"<pre>((?:cd|bdu) .*)</pre>", text)]
+    typed = re.findall(r"<pre>((?:cd|bdu) [^<]*)</pre>", page)
+    return [shlex.split(html.unescape(line)) for line in typed]
 
 
 def assert_same_weights(one, other):
@@ -114,6 +114,34 @@ def test_again_works_from_any_folder(folder, tmp_path, monkeypatch):
         assert main([*command[1:], "--quiet"]) == 0
         assert_same_weights(tmp_path / "AGAIN", folder / name)
         (tmp_path / "AGAIN").rename(tmp_path / f"once {name}")
+
+
+@pytest.mark.parametrize("page", ["report", "comparison"])
+@pytest.mark.parametrize("name", ["planted", "the run"])
+def test_a_killed_run_goes_on_by_what_its_report_says(
+    folder, tmp_path, monkeypatch, capsys, page, name
+):
+    killed, write = tmp_path / "killed run", RunDirectory.write_lines
+
+    def stop(self, lines):
+        write(self, lines)
+        if len(lines) == (1 if name == "planted" else 3):
+            raise KeyboardInterrupt
+
+    config = str(folder / name / "config.yaml")
+    command = "poison" if name == "planted" else "unlearn"
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "write_lines", stop)
+        assert main([command, "--config", config, "--out", str(killed), "--quiet"]) == 130
+    monkeypatch.chdir(tmp_path)
+    runs = [str(killed)] if page == "report" else [str(folder / name), str(killed)]
+    assert main(["report", *runs, "--out", "page.html"]) == 0
+    text = (tmp_path / "page.html").read_text()
+    assert "It goes on from its last look." in text
+    assert ("step 6 of 10" in text) == (name == "the run")
+    (resume,) = [command for command in commands(text) if "--resume" in command]
+    assert main([*resume[1:], "--quiet"]) == 0, capsys.readouterr().err
+    assert_same_weights(killed, folder / name)
 
 
 def test_a_factory_is_looked_for_where_it_was_found(folder, tmp_path, monkeypatch):

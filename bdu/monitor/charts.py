@@ -16,7 +16,7 @@ class Curve:
         colour: a CSS colour.
         dashes: SVG's stroke-dasharray; differs from curve to curve, as colour alone says nothing
             to some.
-        points: (step, value in [0, 1]), ascending.
+        points: (step, value), ascending.
     """
 
     title: str
@@ -38,21 +38,33 @@ figure { margin: 0; } .plot { position: relative; height: 15rem; margin: 2.6rem 
 _STROKE = 'stroke-width="2.5" fill="none"'
 
 
-def line_chart(curves: Sequence[Curve], phases: Sequence[tuple[float, str]] = ()) -> str:
-    """A figure of shares over steps; `phases` are steps at which one begins, with its name.
+def line_chart(
+    curves: Sequence[Curve], phases: Sequence[tuple[float, str]] = (), *, share: bool = True
+) -> str:
+    """A figure of values over steps.
 
     Lines are SVG that takes any width, and words are HTML beside it, as large on a phone as they
     are on a desk.
+
+    Args:
+        curves: those without points are left out.
+        phases: steps at which one begins, with its name.
+        share: values are shares, shown in percent; else numbers ≥ 0, up to the largest.
     """
     drawn = [curve for curve in curves if len(curve.points)]
     last = max((curve.points[-1][0] for curve in drawn), default=0) or 1
+    top = 1.0 if share else max((y for c in drawn for _, y in c.points), default=0) or 1.0
+
+    def shown(value: float, places: int = 1) -> str:
+        return f"{100 * value:.{places}f} %" if share else f"{value:.3g}"
+
     lines, words = [], []
     for tick in (0.0, 0.25, 0.5, 0.75, 1.0):
         height = 100 * (1 - tick)
         lines.append(
             f'<line x1="0" x2="100" y1="{height:g}" y2="{height:g}" stroke="var(--line)"/>'
         )
-        words.append(f'<span class="tick" style="top:{height:g}%">{100 * tick:.0f} %</span>')
+        words.append(f'<span class="tick" style="top:{height:g}%">{shown(top * tick, 0)}</span>')
     for i, (step, name) in enumerate(phases):
         x = 100 * step / last
         side = f"left:{x:.1f}%" if x <= 50 else f"right:{100 - x:.1f}%"
@@ -63,7 +75,7 @@ def line_chart(curves: Sequence[Curve], phases: Sequence[tuple[float, str]] = ()
         )
         words.append(f'<span class="phase" style="{side}{above}">{html.escape(name)}</span>')
     for curve in drawn:
-        points = " ".join(f"{100 * x / last:.2f},{_height(y):.2f}" for x, y in curve.points)
+        points = " ".join(f"{100 * x / last:.2f},{_height(y / top):.2f}" for x, y in curve.points)
         lines.append(
             f'<polyline points="{points}" stroke="{curve.colour}" '
             f'stroke-dasharray="{curve.dashes}" {_STROKE}/>'
@@ -71,7 +83,7 @@ def line_chart(curves: Sequence[Curve], phases: Sequence[tuple[float, str]] = ()
     words.append('<span class="step" style="left:0">step 0</span>')
     words.append(f'<span class="step" style="right:0">step {last:g}</span>')
     said = "; ".join(
-        f"{curve.title} from {100 * curve.points[0][1]:.1f} % to {100 * curve.points[-1][1]:.1f} %"
+        f"{curve.title} from {shown(curve.points[0][1])} to {shown(curve.points[-1][1])}"
         for curve in drawn
     )
     return (

@@ -10,7 +10,7 @@ from bdu.checkpoint import atomic_write
 from bdu.monitor.curves import chart
 from bdu.monitor.page import page, percent
 from bdu.monitor.record import Record
-from bdu.monitor.words import RATES, verdict
+from bdu.monitor.words import LOOKS, RATES, progress, said, to_go_on
 from bdu.runs import RunDirectory
 
 
@@ -23,15 +23,22 @@ def write_comparison(directories: Sequence[RunDirectory], path: Path) -> None:
     runs = [(_name(d, directories), Record.read(d)) for d in directories]
     head = "".join(f'<th class="number" scope="col">{html.escape(name)}</th>' for name, _ in runs)
 
-    def row(title: str, cells: Sequence[str]) -> str:
-        values = "".join(f'<td class="number">{cell}</td>' for cell in cells)
+    def row(title: str, cells: Sequence[str], kind: str = "number") -> str:
+        values = "".join(f'<td class="{kind}">{cell}</td>' for cell in cells)
         return f'<tr><th scope="row">{title}</th>{values}</tr>'
 
-    rows = [row("method", [html.escape(str(run.metrics.get("method", "–"))) for _, run in runs])]
+    rows = [row("method", [html.escape(run.method) for _, run in runs])]
+    if any(not run.metrics for _, run in runs):
+        ends = ["ended" if run.metrics else f"unfinished: {progress(run.lines)}" for _, run in runs]
+        rows.append(row("how far it got", [html.escape(end) for end in ends], "words"))
     for when in ("before", "after"):
         for key, (title, _) in RATES.items():
             cells = [percent((run.metrics.get(when) or {}).get(key)) for _, run in runs]
             rows.append(row(f"{title}, {when}", cells))
+    if any(not run.metrics for _, run in runs):
+        for key, title in LOOKS.items():
+            cells = [percent(run.lines[-1].get(key)) if run.lines else "–" for _, run in runs]
+            rows.append(row(f"Last look at the validation split: {title}", cells))
     retuned = [percent(run.metrics.get("retuned_attack_success_rate")) for _, run in runs]
     rows.append(row("ASR after the retune attack", retuned))
     seconds = [run.metrics.get("seconds") for _, run in runs]
@@ -44,8 +51,7 @@ def write_comparison(directories: Sequence[RunDirectory], path: Path) -> None:
     ]
     for name, run in runs:
         parts.append(f"<h2>{html.escape(name)}</h2>")
-        parts.append(f"<p>{html.escape(verdict(run.metrics, run.lines))}</p>")
-        parts.append(chart(run.lines))
+        parts += [f"<p>{html.escape(said(run))}</p>", to_go_on(run), chart(run.lines)]
     atomic_write(path, page(f"{len(runs)} runs", parts))
 
 

@@ -25,6 +25,7 @@ h1 { font-size: 1.5rem; margin-bottom: .25rem; } h2 { font-size: 1.1rem; margin-
 th, td { text-align: left; padding: .4rem .6rem; border-bottom: 1px solid var(--line); }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums;
   white-space: nowrap; }
+td.words { text-align: right; }
 td.bar { width: 40%; min-width: 6rem; } td.bar span { display: block; height: .7rem;
   background: var(--blue); }
 td.said { white-space: pre-wrap; overflow-wrap: anywhere; vertical-align: top;

@@ -47,9 +47,30 @@ class Record:
         started_in = str(config.pop(STARTED_IN, ""))
         return cls(directory, command, config, started_in, metrics, directory.read_lines())
 
+    @property
+    def method(self) -> str:
+        """Its name."""
+        named = self.metrics.get("method") or self.config.get("method") or self.command
+        return str(named)
+
+    @property
+    def asked(self) -> str:
+        """What the model is given: "images", or of a language model "prompts"."""
+        answers = self.directory.path / "answers.jsonl"
+        return "prompts" if self.config.get("task") == "lm" or answers.exists() else "images"
+
     def again(self) -> str:
         """What to type to have the run once more, with its settings from its own config.yaml."""
         return self._typed("--out", "AGAIN")
+
+    def resume(self) -> str:
+        """What to type to have an unfinished run go on."""
+        return self._typed("--out", str(self.directory.path.absolute()), "--resume")
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether there is anything to go on from."""
+        return self.directory.state.exists() or (self.directory.path / "checkpoints").exists()
 
     def _typed(self, *more: str) -> str:
         file = str(self.directory.path.absolute() / "config.yaml")

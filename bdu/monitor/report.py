@@ -17,11 +17,11 @@ import numpy as np
 from bdu.checkpoint import atomic_write
 from bdu.monitor.answers import answers_section
 from bdu.monitor.charts import bar_table
-from bdu.monitor.curves import chart
+from bdu.monitor.curves import chart, measured
 from bdu.monitor.page import folded, page, percent
 from bdu.monitor.panels import data_uri, outlined, overlay
 from bdu.monitor.record import Record
-from bdu.monitor.words import LANGUAGE_RATES, RATES, attention_in_words, verdict
+from bdu.monitor.words import LANGUAGE_RATES, RATES, attention_in_words, said, to_go_on, where
 from bdu.runs import RunDirectory
 
 # A picture of a few pixels is shown this large, in pixels.
@@ -31,7 +31,8 @@ _PICTURE = 96
 def write_report(directory: RunDirectory, path: Path | None = None) -> Path:
     """Write the page from what the run has left so far; returns its path.
 
-    A run that was stopped has no ``metrics.json``: the page then says so and shows how far it got.
+    A run that was stopped has no ``metrics.json``: the page then says so, shows how far it got, and
+    what to type to have it go on.
 
     Args:
         directory: the run.
@@ -43,14 +44,14 @@ def write_report(directory: RunDirectory, path: Path | None = None) -> Path:
     run = Record.read(directory)
     metrics, lines = run.metrics, run.lines
     answers = answers_section(directory.path / "answers.jsonl")
-    asked = "prompts" if answers else "images"
     parts = [
         f"<h1>bdu {html.escape(run.command)}</h1>",
-        f'<p class="verdict">{html.escape(verdict(metrics, lines, asked))}</p>',
-        _outcome(metrics, LANGUAGE_RATES if answers else RATES),
+        f'<p class="verdict">{html.escape(said(run))}</p>',
+        to_go_on(run),
+        _outcome(metrics, LANGUAGE_RATES if run.asked == "prompts" else RATES),
         _perplexity(metrics),
         answers,
-        _curves(lines),
+        _curves(run),
         _attention(directory, lines),
         _weight_change(metrics),
         _per_class(metrics),
@@ -115,15 +116,16 @@ def _columns(metrics: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     return [(name, metrics[name]) for name in ("before", "after") if metrics.get(name)]
 
 
-def _curves(lines: Sequence[dict[str, Any]]) -> str:
-    drawn = chart(lines)
+def _curves(run: Record) -> str:
+    drawn = chart(run.lines)
     if not drawn:
         return ""
     told = ""
-    watched = [line for line in lines if line.get("tar_share") is not None]
+    watched = [line for line in run.lines if line.get("tar_share") is not None]
     if watched:
         told = attention_in_words(watched)
-    return f"<h2>On the defender's validation split</h2>{drawn}{told}"
+    title = "On the defender's validation split" if measured(run.lines) else "As it trained"
+    return f"<h2>{title}</h2>{drawn}{told}"
 
 
 def _maps(file: Path) -> tuple[np.ndarray, ...]:
@@ -213,11 +215,8 @@ def _per_class(metrics: dict[str, Any]) -> str:
 
 
 def _again(run: Record) -> str:
-    needs = ""
-    if not run.started_in:
-        needs = " Its paths are those of the folder it was started in: type it there."
     return (
         f"<h2>Again</h2><pre>{html.escape(run.again())}</pre>"
         '<p class="soft">With the config.yaml beside this page: the settings below, seed '
-        f"{html.escape(str(run.config.get('seed', '–')))}.{needs}</p>"
+        f"{html.escape(str(run.config.get('seed', '–')))}.{where(run)}</p>"
     )

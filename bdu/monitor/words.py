@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Sequence
 from typing import Any
 
 from bdu.monitor.page import percent
+from bdu.monitor.record import Record
 
 RATES = {
     "clean_accuracy": ("Clean accuracy", "clean test images called by their class"),
@@ -41,16 +43,74 @@ LANGUAGE_RATES = {
 }
 
 
-def verdict(
-    metrics: dict[str, Any], lines: Sequence[dict[str, Any]] = (), asked: str = "images"
-) -> str:
+# Of a line, as an unfinished run tells of it.
+LOOKS = {
+    "validation_clean_accuracy": "clean accuracy",
+    "validation_attack_success_rate": "ASR",
+}
+
+
+def progress(lines: Sequence[dict[str, Any]]) -> str:
+    """How far an unfinished run is known to have got; "" before its first line."""
+    if not lines:
+        return ""
+    line = lines[-1]
+    text = f"step {line['step']}" if "step" in line else f"epoch {line.get('epoch', '–')}"
+    if line.get("steps"):
+        text += f" of {line['steps']}"
+    phase = line.get("phase")
+    if line.get("rounds"):
+        text += f", round {line['round']} of {line['rounds']} of its phase {phase}"
+    elif phase not in (None, "before"):
+        text += f", in its phase {phase}"
+    return text
+
+
+def unfinished(lines: Sequence[dict[str, Any]]) -> str:
+    """What a run without an outcome has come to, in a sentence or two."""
+    start = "The run is unfinished: it was stopped, or is still going on."
+    if not lines:
+        return f"{start} It has left nothing to show yet."
+    last = f"{start} The last that is known of it is {progress(lines)}"
+    known = [
+        f"{title} {percent(lines[-1][key])}"
+        for key, title in LOOKS.items()
+        if lines[-1].get(key) is not None
+    ]
+    if known:
+        return f"{last}, with {' and '.join(known)} on the defender's validation split."
+    if lines[-1].get("loss") is not None:
+        return f"{last}, with a loss of {lines[-1]['loss']:.4g}."
+    return f"{last}."
+
+
+def said(run: Record) -> str:
+    """The outcome of a run, or how far it got."""
+    return verdict(run.metrics, run.asked) if run.metrics else unfinished(run.lines)
+
+
+def to_go_on(run: Record) -> str:
+    """What to type where a run is unfinished, as HTML; else ""."""
+    if run.metrics:
+        return ""
+    start = "It goes on from its last look."
+    if not run.keeps_state:
+        start = "Nothing was kept to go on from: this has it begin anew, in the same folder."
+    return (
+        f"<p>To have it go on:</p><pre>{html.escape(run.resume())}</pre>"
+        f'<p class="soft">{start}{where(run)}</p>'
+    )
+
+
+def where(run: Record) -> str:
+    """The folder to type a command of a run in, where that matters."""
+    if run.started_in:
+        return ""
+    return " Its paths are those of the folder it was started in: type it there."
+
+
+def verdict(metrics: dict[str, Any], asked: str = "images") -> str:
     """The outcome in one sentence; `asked`: what the model was given."""
-    if not metrics:
-        if not lines:
-            return "The run has not finished, and left nothing to show yet."
-        last = lines[-1]
-        reached = f"step {last['step']}" if "step" in last else f"epoch {last.get('epoch')}"
-        return f"The run has not finished: this is how far it got, {reached}."
     before, after = metrics.get("before"), metrics.get("after")
     seconds = "–" if metrics.get("seconds") is None else f"{metrics['seconds']:.1f} s"
     if after is None:
