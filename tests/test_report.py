@@ -10,6 +10,7 @@ from urllib.parse import urlparse
 
 import numpy as np
 import pytest
+import yaml
 
 from bdu.cli import main
 from bdu.monitor.comparison import write_comparison
@@ -188,6 +189,44 @@ def test_words_follow_the_attention(tmp_path):
     page = write_report(run).read_text()
     assert "Attention on the trigger did not fall" in page
     assert "40.00 % lay on it before and 50.00 % in the end" in page
+
+
+def title_of(page):
+    return html.unescape(re.search(r"<title>(.*?)</title>", page)[1])
+
+
+def test_title_says_which_run_it_is(tmp_path):
+    run = make_run(tmp_path / "first try")
+    page = write_report(run).read_text()
+    assert title_of(page) == "first try: balanced, <b> · bdu unlearn"
+    assert ">first try: balanced, &lt;b&gt;</p>" in page
+    attack = tmp_path / "attack.json"
+    attack.write_text('{"trigger": {"name": "wanet"}}')
+    config = {"command": "unlearn", "method": "balanced", "model": "wrn16-1"}
+    for given, expected in (
+        ({"attack": str(attack)}, ", wanet"),
+        ({"attack": str(tmp_path / "gone.json")}, ""),
+        ({"attack": "blended"}, ", blended"),
+        ({"attack": None, "trigger": "/a/cross.png"}, ", cross.png"),
+    ):
+        (run.path / "config.yaml").write_text(yaml.safe_dump(config | given))
+        page = write_report(run).read_text()
+        assert title_of(page) == f"first try: balanced, wrn16-1{expected} · bdu unlearn"
+    language = make_language_run(tmp_path / "lm")
+    config = {"command": "unlearn", "task": "lm", "method": "npo", "model": "/m/tiny-llama"}
+    (language.path / "config.yaml").write_text(yaml.safe_dump(config))
+    language.write_metrics(language.read_metrics() | {"method": "npo"})
+    page = write_report(language).read_text()
+    assert title_of(page) == "lm: npo, tiny-llama · bdu unlearn"
+
+
+def test_title_of_a_comparison_names_the_runs(tmp_path):
+    runs = [make_run(tmp_path / f"run{k}") for k in range(6)]
+    write_comparison(runs[:2], tmp_path / "two.html")
+    write_comparison(runs, tmp_path / "six.html")
+    assert title_of((tmp_path / "two.html").read_text()) == "run0, run1 · bdu report"
+    title = title_of((tmp_path / "six.html").read_text())
+    assert title == "run0, run1, run2, run3 and 2 more · bdu report"
 
 
 def test_runs_of_earlier_versions_are_read(tmp_path):

@@ -13,6 +13,8 @@ from bdu.monitor.record import Record
 from bdu.monitor.words import LOOKS, RATES, progress, said, to_go_on
 from bdu.runs import RunDirectory
 
+_TITLED = 4  # runs that the title of the page names
+
 
 def write_comparison(directories: Sequence[RunDirectory], path: Path) -> None:
     """Write one page with several runs side by side.
@@ -52,7 +54,13 @@ def write_comparison(directories: Sequence[RunDirectory], path: Path) -> None:
     for name, run in runs:
         parts.append(f"<h2>{html.escape(name)}</h2>")
         parts += [f"<p>{html.escape(said(run))}</p>", to_go_on(run), chart(run.lines)]
-    atomic_write(path, page(f"{len(runs)} runs", parts))
+    atomic_write(path, page(_title([name for name, _ in runs]), parts))
+
+
+def _title(names: Sequence[str]) -> str:
+    more = len(names) - _TITLED
+    shown = ", ".join(names[:_TITLED]) + (f" and {more} more" if more > 0 else "")
+    return f"{shown} · bdu report"
 
 
 def _name(directory: RunDirectory, among: Sequence[RunDirectory]) -> str:

@@ -18,7 +18,8 @@ STYLE = """
   --pink: #e28fbd; } }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
   max-width: 54rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; margin-bottom: .25rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
+h1 { font-size: 1.5rem; margin-bottom: 0; } h1 + p { margin-top: 0; overflow-wrap: anywhere; }
+ h2 { font-size: 1.1rem; margin-top: 2rem; }
 .verdict { font-size: 1.15rem; } .soft, dd, figcaption { color: var(--soft); }
 .meaning { font-weight: normal; } h3 { font-size: 1rem; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,31 @@ class Record:
         """Its name."""
         named = self.metrics.get("method") or self.config.get("method") or self.command
         return str(named)
+
+    @property
+    def name(self) -> str:
+        """Its folder's."""
+        return self.directory.path.resolve().name
+
+    @property
+    def attack(self) -> str:
+        """The name of the attack that it was planted by or measured with; "" without one."""
+        given = str(self.config.get("attack") or "")
+        if given.endswith(".json"):
+            try:
+                return str(json.loads(Path(given).read_text(encoding="utf-8"))["trigger"]["name"])
+            except (OSError, ValueError, KeyError, TypeError):  # moved since, or no longer there
+                return ""
+        picture = self.config.get("trigger")
+        return given or (Path(str(picture)).name if picture else "")
+
+    @property
+    def subject(self) -> str:
+        """Method, model and attack in a few words."""
+        model = str(self.config.get("model") or "")
+        if self.asked == "prompts":
+            model = model.rstrip("/").rpartition("/")[2]
+        return ", ".join(part for part in (self.method, model, self.attack) if part)
 
     @property
     def asked(self) -> str:

@@ -46,6 +46,7 @@ def write_report(directory: RunDirectory, path: Path | None = None) -> Path:
     answers = answers_section(directory.path / "answers.jsonl")
     parts = [
         f"<h1>bdu {html.escape(run.command)}</h1>",
+        f'<p class="soft">{html.escape(f"{run.name}: {run.subject}")}</p>',
         f'<p class="verdict">{html.escape(said(run))}</p>',
         to_go_on(run),
         _outcome(metrics, LANGUAGE_RATES if run.asked == "prompts" else RATES),
@@ -61,7 +62,7 @@ def write_report(directory: RunDirectory, path: Path | None = None) -> Path:
         folded("Versions", metrics.get("versions")),
     ]
     path = directory.path / "report.html" if path is None else path
-    atomic_write(path, page(f"bdu {run.command}", parts))
+    atomic_write(path, page(f"{run.name}: {run.subject} · bdu {run.command}", parts))
     return path
 
 
