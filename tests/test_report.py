@@ -335,6 +335,36 @@ def test_a_single_report_goes_where_it_is_asked_for(tmp_path, capsys):
     assert not (run.path / "report.html").exists()
 
 
+def cells_of(page):
+    """Rows of the first table: the title, and the cells beside it."""
+    rows = re.findall(r'<tr><th scope="row">(.*?)</th>(.*?)</tr>', page.split("</table>")[0])
+    return {title: re.findall(r"<td[^>]*>(.*?)</td>", cells) for title, cells in rows}
+
+
+def test_images_and_prompts_are_compared_in_words_that_fit_both(tmp_path):
+    image, language = make_run(tmp_path / "image"), make_language_run(tmp_path / "lm")
+    language.write_metrics(language.read_metrics() | {"retuned_attack_success_rate": None})
+    pages = []
+    for runs in ([image, language], [language], [image]):
+        write_comparison(runs, tmp_path / "page.html")
+        pages.append((tmp_path / "page.html").read_text())
+    both, prompts, images = pages
+    rows = cells_of(both)
+    assert rows["what it is given"] == ["images", "prompts"]
+    assert rows["Perplexity of clean answers, after"] == ["–", "12.5"]
+    assert rows["ASR after the retune attack"] == ["4.56 %", "–"]
+    assert rows["Robust accuracy, after"] == ["79.99 %", "79.99 %"]
+    assert "where untriggered images give" in both
+    assert "where untriggered prompts give" in both
+    meaning = re.search(r"Robust accuracy</dt><dd>(.*?)</dd>", both)[1]
+    assert "images" in meaning
+    assert "prompts" in meaning
+    assert "images" not in prompts
+    assert "retune" not in prompts
+    assert "prompts" not in images
+    assert "Perplexity" not in images
+
+
 def test_folder_without_a_run_is_refused(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 1
     assert "expected a run with config.yaml, got none" in capsys.readouterr().err

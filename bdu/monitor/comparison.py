@@ -10,14 +10,14 @@ from bdu.checkpoint import atomic_write
 from bdu.monitor.curves import chart
 from bdu.monitor.page import page, percent
 from bdu.monitor.record import Record
-from bdu.monitor.words import LOOKS, RATES, progress, said, to_go_on
+from bdu.monitor.words import LOOKS, progress, rates_of, said, to_go_on
 from bdu.runs import RunDirectory
 
 _TITLED = 4  # runs that the title of the page names
 
 
 def write_comparison(directories: Sequence[RunDirectory], path: Path) -> None:
-    """Write one page with several runs side by side.
+    """Write one page with several runs side by side; "–" where one has no such thing.
 
     Raises:
         FileNotFoundError: there is no run in one of the folders.
@@ -29,23 +29,31 @@ def write_comparison(directories: Sequence[RunDirectory], path: Path) -> None:
         values = "".join(f'<td class="{kind}">{cell}</td>' for cell in cells)
         return f'<tr><th scope="row">{title}</th>{values}</tr>'
 
+    kinds, rates = {run.asked for _, run in runs}, rates_of([run for _, run in runs])
     rows = [row("method", [html.escape(run.method) for _, run in runs])]
+    if len(kinds) > 1:
+        rows.append(row("what it is given", [run.asked for _, run in runs]))
     if any(not run.metrics for _, run in runs):
         ends = ["ended" if run.metrics else f"unfinished: {progress(run.lines)}" for _, run in runs]
         rows.append(row("how far it got", [html.escape(end) for end in ends], "words"))
     for when in ("before", "after"):
-        for key, (title, _) in RATES.items():
-            cells = [percent((run.metrics.get(when) or {}).get(key)) for _, run in runs]
-            rows.append(row(f"{title}, {when}", cells))
+        measured = [run.metrics.get(when) or {} for _, run in runs]
+        for key, (title, _) in rates.items():
+            rows.append(row(f"{title}, {when}", [percent(one.get(key)) for one in measured]))
+        perplexities = [one.get("perplexity") for one in measured]
+        if "prompts" in kinds:
+            cells = ["–" if p is None else f"{p:.4g}" for p in perplexities]
+            rows.append(row(f"Perplexity of clean answers, {when}", cells))
     if any(not run.metrics for _, run in runs):
         for key, title in LOOKS.items():
             cells = [percent(run.lines[-1].get(key)) if run.lines else "–" for _, run in runs]
             rows.append(row(f"Last look at the validation split: {title}", cells))
-    retuned = [percent(run.metrics.get("retuned_attack_success_rate")) for _, run in runs]
-    rows.append(row("ASR after the retune attack", retuned))
+    if "images" in kinds:
+        retuned = [percent(run.metrics.get("retuned_attack_success_rate")) for _, run in runs]
+        rows.append(row("ASR after the retune attack", retuned))
     seconds = [run.metrics.get("seconds") for _, run in runs]
     rows.append(row("seconds", ["–" if s is None else f"{s:.1f}" for s in seconds]))
-    meanings = "".join(f"<dt>{title}</dt><dd>{meaning}</dd>" for title, meaning in RATES.values())
+    meanings = "".join(f"<dt>{title}</dt><dd>{meaning}</dd>" for title, meaning in rates.values())
     parts = [
         f"<h1>{len(runs)} runs</h1>",
         f'<div class="wide"><table><thead><tr><th scope="col">Rate</th>{head}</tr></thead>'

@@ -21,7 +21,7 @@ from bdu.monitor.curves import chart, measured
 from bdu.monitor.page import folded, page, percent
 from bdu.monitor.panels import data_uri, outlined, overlay
 from bdu.monitor.record import Record
-from bdu.monitor.words import LANGUAGE_RATES, RATES, attention_in_words, said, to_go_on, where
+from bdu.monitor.words import attention_in_words, rates_of, said, to_go_on, where
 from bdu.runs import RunDirectory
 
 # A picture of a few pixels is shown this large, in pixels.
@@ -49,7 +49,7 @@ def write_report(directory: RunDirectory, path: Path | None = None) -> Path:
         f'<p class="soft">{html.escape(f"{run.name}: {run.subject}")}</p>',
         f'<p class="verdict">{html.escape(said(run))}</p>',
         to_go_on(run),
-        _outcome(metrics, LANGUAGE_RATES if run.asked == "prompts" else RATES),
+        _outcome(metrics, rates_of([run])),
         _perplexity(metrics),
         answers,
         _curves(run),

@@ -43,6 +43,38 @@ LANGUAGE_RATES = {
 }
 
 
+# Of runs of both kinds beside each other.
+SHARED_RATES = {
+    "clean_accuracy": (
+        "Clean accuracy",
+        "clean images called by their class; prompts without a trigger answered as they should be",
+    ),
+    "attack_success_rate": (
+        "Attack success rate (ASR)",
+        "images with the trigger, whose class is not the target, called the target; prompts with "
+        "the trigger answered as the attacker wants",
+    ),
+    "robust_accuracy": (
+        "Robust accuracy",
+        "the same images and prompts, with the trigger, called by their own class or answered as "
+        "they should be",
+    ),
+    "false_target_rate": (
+        "False-target rate",
+        "without the trigger called the target, or answered as the attacker wants: the floor of "
+        "ASR",
+    ),
+}
+
+
+def rates_of(runs: Sequence[Record]) -> dict[str, tuple[str, str]]:
+    """Rates and what they mean, in words that fit all these runs."""
+    kinds = {run.asked for run in runs}
+    if len(kinds) > 1:
+        return SHARED_RATES
+    return LANGUAGE_RATES if kinds == {"prompts"} else RATES
+
+
 # Of a line, as an unfinished run tells of it.
 LOOKS = {
     "validation_clean_accuracy": "clean accuracy",
