@@ -189,7 +189,7 @@ def test_unlearn_without_an_evaluator_leaves_the_rates_empty(planted, tmp_path, 
     assert metrics["before"] is None
     assert metrics["after"] is None
     assert metrics["der"] is None
-    assert "nobody evaluated it" in (tmp_path / "run" / "report.html").read_text()
+    assert "no data were given to evaluate it" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_what_the_evaluator_holds_does_not_change_the_weights(planted, cleaned, tmp_path):

@@ -371,18 +371,75 @@ def test_folder_without_a_run_is_refused(tmp_path, capsys):
     assert not (tmp_path / "report.html").exists()
 
 
+def evaluated(**changes):
+    return rates(0.8, 0.02, 0.79) | changes
+
+
+NOTHING = {"attack_success_rate": None, "robust_accuracy": None, "false_target_rate": None}
+NAN = {"attack_success_rate": float("nan"), "robust_accuracy": float("nan")}
+
+
 @pytest.mark.parametrize(
-    ("changes", "start"),
+    ("before", "after", "expected"),
     [
-        ({}, "The backdoor no longer works: ASR went from 100.00 % to 2.00 %"),
-        ({"attack": 0.5}, "The backdoor still works"),
-        ({"robust": 0.3}, "The trigger no longer reaches its target, but still disturbs"),
+        ({}, {}, "The backdoor no longer works: ASR went from 100.00 % to 2.00 %, where"),
+        (
+            {},
+            {"attack_success_rate": 0.5},
+            "The backdoor still works: ASR went from 100.00 % to 50",
+        ),
+        ({}, {"attack_success_rate": 0.04}, "Little is left of the backdoor: ASR went from 100.00"),
+        (
+            {},
+            {"robust_accuracy": 0.3},
+            "The trigger no longer reaches its target, but still disturbs the model (robust",
+        ),
+        (
+            {},
+            {"clean_accuracy": 0.2, "robust_accuracy": 0.2},
+            "The backdoor no longer works, but clean accuracy was lost with it: ASR went",
+        ),
+        # ASR that is no number
+        ({}, NAN, "ASR was 100.00 % before, and could not be measured afterwards; clean accuracy"),
+        (NAN, NAN, "No images with a trigger were evaluated, so nothing is known of a backdoor;"),
+        (NAN, {}, "The trigger has an ASR of 2.00 %, where untriggered images give 1.23 %;"),
+        # never backdoored
+        (
+            {"attack_success_rate": 0.015},
+            {"attack_success_rate": 0.01},
+            "No backdoor was there that this trigger sets off: ASR was 1.50 % before and is 1.00 %",
+        ),
+        (
+            {"attack_success_rate": 0.3, "false_target_rate": 0.29},
+            {"attack_success_rate": 0.25, "false_target_rate": 0.26},
+            "No backdoor was there that this trigger sets off: ASR was 30.00 % before",
+        ),
+        (
+            {"attack_success_rate": 0.015},
+            {"attack_success_rate": 0.4},
+            "The trigger has come to work, which it hardly did before: ASR was 1.50 % before",
+        ),
+        # nothing with a trigger
+        (NOTHING, NOTHING, "No images with a trigger were evaluated, so nothing is known"),
+        (None, NOTHING, "No images with a trigger were evaluated, so nothing is known"),
+        (None, {}, "The trigger has an ASR of 2.00 %, where untriggered images give 1.23 %; clean"),
+        (None, {"false_target_rate": None}, "The trigger has an ASR of 2.00 %; clean accuracy is"),
+        ({}, None, "x ended (1.0 s); no data were given to evaluate it with."),
     ],
 )
-def test_verdict(changes, start):
-    after = rates(0.8, changes.get("attack", 0.02), changes.get("robust", 0.79))
-    metrics = {"before": rates(0.81, 1.0, 0.0), "after": after, "method": "x", "seconds": 1.0}
-    assert verdict(metrics).startswith(start)
+def test_verdict(before, after, expected):
+    metrics = {
+        "before": None if before is None else rates(0.81, 1.0, 0.0) | before,
+        "after": None if after is None else evaluated(**after),
+        "method": "x",
+        "seconds": 1.0,
+    }
+    text = verdict(metrics)
+    assert text.startswith(expected)
+    assert "nan" not in text
+    assert " –" not in text
+    assert text.count("(1.0 s)") == 1
+    assert "s)" not in verdict(metrics | {"seconds": None})
 
 
 def visit(page, folder, *, size="1200,3000", dark=False):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,4 +66,4 @@ def folded(title: str, values: dict[str, Any] | None) -> str:
 
 def percent(rate: float | None) -> str:
     """A share as the pages show it."""
-    return "–" if rate is None else f"{100 * rate:.2f} %"
+    return "–" if rate is None or not math.isfinite(rate) else f"{100 * rate:.2f} %"

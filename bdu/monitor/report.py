@@ -85,7 +85,7 @@ def _outcome(metrics: dict[str, Any], rates_of: Mapping[str, tuple[str, str]]) -
     rows = []
     for key, (title, meaning) in rates_of.items():
         cells = "".join(
-            f'<td class="number" data-key="{name}.{key}">{percent(rates[key])}</td>'
+            f'<td class="number" data-key="{name}.{key}">{percent(rates.get(key))}</td>'
             for name, rates in columns
         )
         rows.append(
@@ -194,7 +194,7 @@ def _weight_change(metrics: dict[str, Any]) -> str:
 
 def _per_class(metrics: dict[str, Any]) -> str:
     columns = _columns(metrics)
-    if not columns or not columns[0][1]["per_class_accuracy"]:
+    if not columns or not columns[0][1].get("per_class_accuracy"):
         return ""
     head = "".join(f'<th class="number" scope="col">{name}</th>' for name, _ in columns)
     count = len(columns[0][1]["per_class_accuracy"])

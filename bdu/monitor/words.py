@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -75,6 +76,9 @@ def rates_of(runs: Sequence[Record]) -> dict[str, tuple[str, str]]:
     return LANGUAGE_RATES if kinds == {"prompts"} else RATES
 
 
+# Points of a rate that count as nothing, as little, and as much.
+_NOTHING, _LITTLE, _MUCH = 0.01, 0.05, 0.1
+
 # Of a line, as an unfinished run tells of it.
 LOOKS = {
     "validation_clean_accuracy": "clean accuracy",
@@ -143,40 +147,72 @@ def where(run: Record) -> str:
 
 def verdict(metrics: dict[str, Any], asked: str = "images") -> str:
     """The outcome in one sentence; `asked`: what the model was given."""
-    before, after = metrics.get("before"), metrics.get("after")
-    seconds = "–" if metrics.get("seconds") is None else f"{metrics['seconds']:.1f} s"
+    after, seconds = metrics.get("after"), _number(metrics.get("seconds"))
+    took = "" if seconds is None else f" ({seconds:.1f} s)"
     if after is None:
+        return f"{metrics.get('method')} ended{took}; no data were given to evaluate it with."
+    before = metrics.get("before") or {}
+    accuracy = _accuracy(before, after)
+    rate, floor = (_number(after.get(key)) for key in ("attack_success_rate", "false_target_rate"))
+    reached = _number(before.get("attack_success_rate"))
+    where = "" if floor is None else f", where untriggered {asked} give {percent(floor)}"
+    if rate is None and reached is None:
         return (
-            f"{metrics['method']} finished in {seconds}; nobody evaluated it: no data were given."
+            f"No {asked} with a trigger were evaluated, so nothing is known of a backdoor; "
+            f"{accuracy}{took}."
         )
-    accuracy = f"clean accuracy is {percent(after['clean_accuracy'])}"
-    if before is not None:
-        accuracy = (
-            f"clean accuracy went from {percent(before['clean_accuracy'])} to "
-            f"{percent(after['clean_accuracy'])}"
-        )
-    rate = after["attack_success_rate"]
     if rate is None:
-        return f"Without a trigger to test, only this can be said: {accuracy} ({seconds})."
-    floor = after["false_target_rate"]
-    if before is None:
         return (
-            f"The trigger reaches its target in {percent(rate)} of tries "
-            f"(untriggered {asked}: {percent(floor)}); {accuracy} ({seconds})."
+            f"ASR was {percent(reached)} before, and could not be measured afterwards; "
+            f"{accuracy}{took}."
         )
-    gone = rate <= (floor or 0.0) + 0.01
-    opening = "The backdoor no longer works" if gone else "The backdoor still works"
-    robust = after["robust_accuracy"]
-    if gone and robust is not None and robust < after["clean_accuracy"] - 0.1:
+    if reached is None:
+        return f"The trigger has an ASR of {percent(rate)}{where}; {accuracy}{took}."
+    above_before = reached - (_number(before.get("false_target_rate")) or 0.0)
+    if above_before <= _LITTLE:
+        opening = "No backdoor was there that this trigger sets off"
+        if rate - (floor or 0.0) > _LITTLE:
+            opening = "The trigger has come to work, which it hardly did before"
+        return (
+            f"{opening}: ASR was {percent(reached)} before and is {percent(rate)} now{where}; "
+            f"{accuracy}{took}."
+        )
+    return (
+        f"{_opening(before, after, rate - (floor or 0.0))}: ASR went from {percent(reached)} to "
+        f"{percent(rate)}{where}; {accuracy}{took}."
+    )
+
+
+def _opening(before: dict[str, Any], after: dict[str, Any], above: float) -> str:
+    """Of a backdoor that did work; `above`: ASR less its floor."""
+    if above > _LITTLE:
+        return "The backdoor still works"
+    if above > _NOTHING:
+        return "Little is left of the backdoor"
+    clean, robust = (_number(after.get(key)) for key in ("clean_accuracy", "robust_accuracy"))
+    clean_before = _number(before.get("clean_accuracy"))
+    if clean is not None and clean_before is not None and clean < clean_before - _MUCH:
+        return "The backdoor no longer works, but clean accuracy was lost with it"
+    if clean is not None and robust is not None and robust < clean - _MUCH:
         # Away from the target is not yet back to the truth.
-        opening = (
+        return (
             "The trigger no longer reaches its target, but still disturbs the model (robust "
             f"accuracy {percent(robust)})"
         )
-    return (
-        f"{opening}: ASR went from {percent(before['attack_success_rate'])} to {percent(rate)}, "
-        f"where untriggered {asked} give {percent(floor)}; {accuracy} ({seconds})."
-    )
+    return "The backdoor no longer works"
+
+
+def _accuracy(before: dict[str, Any], after: dict[str, Any]) -> str:
+    first, last = (_number(rates.get("clean_accuracy")) for rates in (before, after))
+    if last is None:
+        return "clean accuracy was not measured"
+    if first is None:
+        return f"clean accuracy is {percent(last)}"
+    return f"clean accuracy went from {percent(first)} to {percent(last)}"
+
+
+def _number(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def attention_in_words(lines: Sequence[dict[str, Any]]) -> str:
