@@ -308,6 +308,23 @@ def test_monitor_adds_the_means_of_the_probe_and_keeps_the_maps(tmp_path):
     assert monitor.panel().shape == (16, 6 * 16, 3)
 
 
+def test_small_maps_are_kept_beside_large_ones(tmp_path, monkeypatch):
+    model, images, targets, mask = probe()
+    heat = torch.zeros(8, 16, 16)
+    heat[:, 2, 3], heat[:, 9, 9] = 1.0, 0.25
+    factors = torch.logspace(0, -35, 8)
+    factors[5] = 0
+    monkeypatch.setattr(
+        "bdu.monitor.live.grad_cam", lambda *args, **kwargs: heat * factors[:, None, None]
+    )
+    AttentionMonitor(images, targets, mask, file=tmp_path / "a.npz")({"step": 0}, model)
+    with np.load(tmp_path / "a.npz") as kept:
+        found = kept["heat"][0]
+    assert found[:5, 2, 3].tolist() == [1.0] * 5
+    assert found[:5, 9, 9].tolist() == [0.25] * 5
+    assert not found[5].any()
+
+
 def test_monitor_without_a_mask_tells_the_entropy_alone():
     model, images, targets, mask = probe()
     for none in (None, torch.ones_like(mask)):

@@ -21,7 +21,7 @@ from bdu.checkpoint import atomic_write
 from bdu.data import as_unit_float
 from bdu.monitor.attention import attention_entropy, tar
 from bdu.monitor.gradcam import grad_cam, target_layer
-from bdu.monitor.panels import Pixels, as_pixels, overlay
+from bdu.monitor.panels import Pixels, as_pixels, overlay, scaled
 
 SHOWN = 6
 
@@ -85,8 +85,8 @@ class AttentionMonitor:
     def _keep(self, step: int, heat: np.ndarray) -> None:
         earlier = [i for i, known in enumerate(self._steps) if known < step]
         self._steps = [self._steps[i] for i in earlier] + [step]
-        # half precision has range enough for what is only looked at
-        self._heat = [self._heat[i] for i in earlier] + [(heat / (heat.max() or 1)).astype("f2")]
+        # half precision is enough for what is only looked at, once no map is small beside another
+        self._heat = [self._heat[i] for i in earlier] + [scaled(heat).astype("f2")]
         if self._file is None:
             return
         buffer = io.BytesIO()

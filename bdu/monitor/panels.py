@@ -42,11 +42,15 @@ def overlay(pixels: Pixels, heat: npt.NDArray[np.floating], strength: float = 0.
 
     Args: pixels: (N, H, W, 3); heat: (N, H, W), ≥ 0, each scaled to its own largest value.
     """
-    largest = heat.reshape(len(heat), -1).max(1).reshape(-1, 1, 1)
-    scaled = np.divide(heat, largest, out=np.zeros_like(heat), where=largest > 0)
     grey = pixels.mean(3, keepdims=True)
-    mixed = (1 - strength) * grey + strength * colours(scaled)
+    mixed = (1 - strength) * grey + strength * colours(scaled(heat))
     return mixed.round().astype(np.uint8)
+
+
+def scaled(heat: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
+    """Maps (N, H, W), ≥ 0, each divided by its own largest value; one of zeros stays."""
+    largest = heat.max((1, 2), keepdims=True)
+    return np.divide(heat, largest, out=np.zeros_like(heat), where=largest > 0)
 
 
 def enlarged(pixels: Pixels, factor: int) -> Pixels:
