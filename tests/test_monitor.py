@@ -331,8 +331,95 @@ def test_monitor_without_a_mask_tells_the_entropy_alone():
         assert set(AttentionMonitor(images, targets, none)({"step": 0}, model)) == {
             "attention_entropy"
         }
-    with pytest.raises(ValueError, match="images: expected one target each, got 8, 7"):
-        AttentionMonitor(images, targets[:7])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"targets": torch.zeros(7).long()}, r"targets: expected an integer or \(8,\) .*\(7,\)"),
+        ({"targets": 1.5}, "targets: expected an integer or"),
+        ({"images": torch.rand(0, 3, 16, 16)}, r"images: expected .* at least one .*\(0, 3, 16"),
+        ({"images": torch.rand(3, 16, 16)}, r"images: expected \(N, C, H, W\)"),
+        ({"mask": torch.ones(16, 16)}, r"mask: expected booleans \(16, 16\) or .*float32"),
+        (
+            {"mask": torch.ones(8, 16, 8).bool()},
+            r"mask: expected .*\(8, 16, 16\), got .*\(8, 16, 8",
+        ),
+        ({"mask": torch.zeros(16, 16).bool()}, "mask: expected at least one place"),
+        ({"mask": torch.eye(8)[..., None, None].bool().expand(8, 8, 16, 16)[:, 0]}, "at least one"),
+    ],
+)
+def test_monitor_refuses_what_does_not_fit_before_any_look(changes, message):
+    _, images, targets, mask = probe()
+    with pytest.raises(ValueError, match=message):
+        AttentionMonitor(**({"images": images, "targets": targets, "mask": mask} | changes))
+
+
+def test_monitor_takes_one_target_for_all():
+    model, images, targets, mask = probe()
+    expected = AttentionMonitor(images, targets, mask)({"step": 0}, model)
+    assert AttentionMonitor(images, 0, mask)({"step": 0}, model) == expected
+    other = AttentionMonitor(images, 1, mask)({"step": 0}, model)
+    assert other != expected
+
+
+def test_monitor_takes_a_mask_for_each_image(tmp_path):
+    model, images, targets, mask = probe()
+    each = mask.expand(8, 16, 16).clone()
+    expected = AttentionMonitor(images, targets, mask)({"step": 0}, model)
+    file = tmp_path / "attention.npz"
+    assert AttentionMonitor(images, targets, each, file=file)({"step": 0}, model) == expected
+    each[0] = mask.flip(0)
+    assert AttentionMonitor(images, targets, each, file=file)({"step": 0}, model) != expected
+    with np.load(file) as kept:
+        assert np.array_equal(kept["mask"], each[:6].numpy())
+
+
+def test_panel_before_the_first_look_is_refused():
+    _, images, targets, mask = probe()
+    with pytest.raises(RuntimeError, match="panel: expected a look at a model before"):
+        AttentionMonitor(images, targets, mask).panel()
+
+
+@pytest.mark.parametrize("layer", ["layer4", "layer2", None])
+def test_inference_mode_changes_no_heat_map(layer):
+    model = models.build("resnet18-w4")
+    images, targets = torch.rand(3, 3, 32, 32), torch.tensor([1, 2, 0])
+    expected = grad_cam(model, images, targets, layer=layer)
+    assert expected.max() > 0
+    with torch.inference_mode():
+        found = grad_cam(model, images * 1.0, targets + 0, layer=layer)
+        assert target_layer(model, images * 1.0) == "layer4"
+        assert torch.is_inference_mode_enabled()
+        assert not torch.is_grad_enabled()
+        made_there = models.build("resnet18-w4")
+    assert torch.equal(found, expected)
+    with pytest.raises(ValueError, match="model: expected one that can be differentiated"):
+        grad_cam(made_there, images, targets, layer=layer)
+
+
+def test_no_images_have_no_heat_maps():
+    model = models.build("smallcnn")
+    none = torch.rand(0, 3, 12, 10)
+    assert grad_cam(model, none, 1).shape == (0, 12, 10)
+    assert grad_cam(model, none, torch.zeros(0).long(), size=(5, 6)).shape == (0, 5, 6)
+    with pytest.raises(ValueError, match=r"images: expected at least one, got \(0, 3, 12, 10\)"):
+        target_layer(model, none)
+    with pytest.raises(ValueError, match="layer: expected a name"):
+        grad_cam(model, none, 1, layer="layer9")
+
+
+def test_bytes_are_read_as_everywhere_else():
+    model = models.build("smallcnn")
+    images = (torch.rand(2, 3, 32, 32) * 255).to(torch.uint8)
+    expected = grad_cam(model, images.float() / 255, 1)
+    assert torch.equal(grad_cam(model, images, 1), expected)
+    assert target_layer(model, images) == "features"
+    double = models.build("smallcnn", seed=0).double()
+    assert grad_cam(double, images, 1).dtype == torch.float32
+    for refused in (images.long(), images > 3):
+        with pytest.raises(ValueError, match="images: expected uint8 or floats, got torch"):
+            grad_cam(model, refused, 1)
 
 
 def test_dead_maps_count_for_nothing():

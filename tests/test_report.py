@@ -180,6 +180,21 @@ def test_page_is_whole_and_can_be_read_by_those_who_cannot_see_it(tmp_path):
     assert not re.search(r"<script|<link|@import|url\(|https?://", page)
 
 
+def test_each_image_may_have_a_mask_of_its_own(tmp_path):
+    run = make_run(tmp_path / "run")
+    shared = write_report(run).read_text()
+    with np.load(run.attention) as kept:
+        arrays = dict(kept)
+    np.savez(run.attention, **arrays | {"mask": np.stack([arrays["mask"]] * 3)})
+    assert write_report(run).read_text() == shared
+    masks = np.stack([arrays["mask"], ~arrays["mask"], arrays["mask"]])
+    np.savez(run.attention, **arrays | {"mask": masks})
+    assert write_report(run).read_text() != shared
+    np.savez(run.attention, **arrays | {"mask": masks[:2]})
+    with pytest.raises(ValueError, match=r"attention\.npz: expected a mask of the images"):
+        write_report(run)
+
+
 def test_words_follow_the_attention(tmp_path):
     run = make_run(tmp_path / "run")
     assert "Attention on the trigger fell" in write_report(run).read_text()

@@ -14,7 +14,7 @@ from torch import nn
 from bdu.attacks.trigger import Trigger
 from bdu.checkpoint import save_state_dict
 from bdu.cli import common
-from bdu.data import ImageData, as_unit_float
+from bdu.data import ImageData
 from bdu.defenses.balanced import dtypes_of
 from bdu.memory import MemoryPlan, memory_plan
 from bdu.metrics import defense_effectiveness_rate
@@ -236,10 +236,12 @@ def _attention(
         return None
     images = torch.as_tensor(triggered[0])[:_PROBE]
     try:
-        layer = target_layer(model, as_unit_float(images[:1]))
+        layer = target_layer(model, images[:1])
     except ValueError:
         return None  # a model without places
     mask = None if trigger is None else trigger.mask(images.shape)
+    if mask is not None and not bool(mask.any()):
+        mask = None  # of a trigger that changes nothing
     targets = torch.as_tensor(triggered[1])[:_PROBE]
     return AttentionMonitor(images, targets, mask, layer=layer, file=directory.attention)
 

@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bdu.models import modes_kept
+from bdu.data import as_unit_float
+from bdu.models import device_of, modes_kept
 
 
 def grad_cam(
@@ -40,7 +41,7 @@ def grad_cam(
 
     Args:
         model: takes images, returns logits (N, classes) or an object with such `.logits`.
-        images: (N, C, H, W), on any device; moved to the model's.
+        images: (N, C, H, W), uint8, or floats as the model takes them; on any device, may be none.
         targets: the class c to explain: one for all, or (N,).
         layer: name from `model.named_modules()`, with output (N, K, h, w) or, of a transformer,
             (N, tokens, K); None takes :func:`target_layer`'s.
@@ -48,33 +49,37 @@ def grad_cam(
         batch_size: images at once, at most.
 
     Returns: (N, *size), float32, ≥ 0, on the model's device; not normalised. All zero where every
-        place speaks against the class.
+        place speaks against the class. Within ``torch.inference_mode`` the same, for a model that
+        was made outside of it.
 
     Raises:
         ValueError: an unknown layer, one whose output has no places, or targets that do not fit.
     """
-    if images.dim() != 4:
-        raise ValueError(f"images: expected (N, C, H, W), got {tuple(images.shape)}")
-    device = next(model.parameters()).device
-    chosen = torch.as_tensor(targets, device=device)
-    if chosen.dim() == 0:
-        chosen = chosen.expand(len(images))
-    if chosen.shape != images.shape[:1] or chosen.is_floating_point():
-        got = f"{chosen.dtype} {tuple(chosen.shape)}"
-        raise ValueError(f"targets: expected an integer or ({len(images)},) integers, got {got}")
-    name = target_layer(model, images[:1]) if layer is None else layer
-    modules = dict(model.named_modules())
-    if name not in modules:
-        raise ValueError(f"layer: expected a name from named_modules(), got {name!r}")
-    maps = []
+    _check_images(images)
     with _undisturbed(model):
+        device = device_of(model)
+        chosen = _usable(torch.as_tensor(targets, device=device))
+        if chosen.dim() == 0:
+            chosen = chosen.expand(len(images))
+        if chosen.shape != images.shape[:1] or chosen.is_floating_point():
+            got = f"{chosen.dtype} {tuple(chosen.shape)}"
+            raise ValueError(
+                f"targets: expected an integer or ({len(images)},) integers, got {got}"
+            )
+        modules = dict(model.named_modules())
+        if layer is not None and layer not in modules:
+            raise ValueError(f"layer: expected a name from named_modules(), got {layer!r}")
+        own = size or (int(images.shape[2]), int(images.shape[3]))
+        if not len(images):
+            return torch.zeros(0, *own, device=device)
+        name = target_layer(model, images[:1]) if layer is None else layer
+        maps = []
         for x, c in zip(images.split(batch_size), chosen.split(batch_size), strict=True):
-            coarse = _coarse(model, modules[name], name, x.to(device), c)
-            own = size or (int(x.shape[2]), int(x.shape[3]))
+            coarse = _coarse(model, modules[name], name, _input(model, x), c)
             maps.append(
                 F.interpolate(coarse.unsqueeze(1), own, mode="bilinear", align_corners=False)[:, 0]
             )
-    return torch.cat(maps) if maps else images.new_zeros(0, *(size or images.shape[2:]))
+        return torch.cat(maps)
 
 
 def target_layer(model: nn.Module, images: Tensor) -> str:
@@ -87,8 +92,11 @@ def target_layer(model: nn.Module, images: Tensor) -> str:
     Args: images: at least one, (N, C, H, W).
 
     Raises:
-        ValueError: no layer has places.
+        ValueError: no image, or no layer has places.
     """
+    _check_images(images)
+    if not len(images):
+        raise ValueError(f"images: expected at least one, got {tuple(images.shape)}")
     outputs: list[tuple[str, Tensor]] = []
 
     def keep(name: str) -> Any:
@@ -101,17 +109,16 @@ def target_layer(model: nn.Module, images: Tensor) -> str:
 
         return hook
 
-    device = next(model.parameters()).device
     with _undisturbed(model), torch.enable_grad():
         handles = [m.register_forward_hook(keep(n)) for n, m in model.named_modules() if n]
         try:
-            probe = images[:1].to(device).detach().clone().requires_grad_()
+            probe = _input(model, images[:1]).detach().clone().requires_grad_()
             logits = _logits(model(probe))
         finally:
             for handle in handles:
                 handle.remove()
         # scores of all classes at once, unequally weighted so that they cannot cancel
-        weights = torch.linspace(1, 2, logits.shape[1], device=device, dtype=logits.dtype)
+        weights = torch.linspace(1, 2, logits.shape[1], device=logits.device, dtype=logits.dtype)
         tensors = [output for _, output in outputs]
         gradients: tuple[Tensor | None, ...] = ()
         if tensors:
@@ -218,12 +225,36 @@ def _logits(output: Any) -> Tensor:
     return logits
 
 
+def _check_images(images: Tensor) -> None:
+    if images.dim() != 4:
+        raise ValueError(f"images: expected (N, C, H, W), got {tuple(images.shape)}")
+    if images.dtype != torch.uint8 and not images.is_floating_point():
+        raise ValueError(f"images: expected uint8 or floats, got {images.dtype}")
+
+
+def _input(model: nn.Module, images: Tensor) -> Tensor:
+    """As the model takes them: floats of its dtype, uint8 from 0 to 1, on its device."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    images = _usable(images.to(device_of(model)))
+    return (as_unit_float(images) if images.dtype == torch.uint8 else images).to(dtype)
+
+
+def _usable(tensor: Tensor) -> Tensor:
+    # autograd cannot save what was made within torch.inference_mode
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode; afterwards modes, the random state and autograd's switch are as before."""
+    if any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers())):
+        raise ValueError(
+            "model: expected one that can be differentiated, got one made within "
+            "torch.inference_mode()"
+        )
     devices = sorted({p.device for p in model.parameters() if p.is_cuda}, key=str)
     was_enabled = torch.is_grad_enabled()
-    with modes_kept(model), torch.random.fork_rng(devices):
+    with torch.inference_mode(False), modes_kept(model), torch.random.fork_rng(devices):
         model.eval()
         try:
             yield

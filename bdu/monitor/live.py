@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from bdu.checkpoint import atomic_write
-from bdu.data import as_unit_float
 from bdu.monitor.attention import attention_entropy, tar
 from bdu.monitor.gradcam import grad_cam, target_layer
 from bdu.monitor.panels import Pixels, as_pixels, overlay, scaled
@@ -35,26 +34,39 @@ class AttentionMonitor:
     and ``attention_entropy``.
 
     Args:
-        images: triggered images, (N, C, H, W); a few dozen are enough.
-        targets: the class the attacker wants of each, (N,), fixed for the whole run.
-        mask: (H, W), where the trigger is; None or all true: attention on it is not asked for.
+        images: triggered images, (N, C, H, W), uint8 or float; a few dozen are enough.
+        targets: the class the attacker wants: one for all, or (N,); fixed for the whole run.
+        mask: where the trigger is, boolean, (H, W) for all or (N, H, W); None or all true:
+            attention on it is not asked for.
         layer: as in :func:`bdu.monitor.gradcam.grad_cam`; None is found at the first look.
         file: where the heat maps of the first images are kept, as ``.npz``, whole at any moment.
+
+    Raises:
+        ValueError: no images, or targets or a mask that do not fit them.
     """
 
     def __init__(
         self,
         images: Tensor,
-        targets: Tensor,
+        targets: Tensor | int,
         mask: Tensor | None = None,
         *,
         layer: str | None = None,
         file: str | os.PathLike[str] | None = None,
     ) -> None:
-        if len(images) != len(targets) or not len(images):
-            raise ValueError(f"images: expected one target each, got {len(images)}, {len(targets)}")
-        self._images, self._targets = images, targets
-        self._mask = mask if mask is not None and not bool(mask.all()) else None
+        if images.dim() != 4 or not len(images):
+            expected = "(N, C, H, W) with at least one image"
+            raise ValueError(f"images: expected {expected}, got {tuple(images.shape)}")
+        chosen = torch.as_tensor(targets)
+        if chosen.dim() == 0:
+            chosen = chosen.expand(len(images))
+        if chosen.shape != images.shape[:1] or chosen.is_floating_point():
+            got = f"{chosen.dtype} {tuple(chosen.shape)}"
+            raise ValueError(
+                f"targets: expected an integer or ({len(images)},) integers, got {got}"
+            )
+        self._images, self._targets = images, chosen
+        self._mask = None if mask is None else _checked(mask, images)
         self._layer = layer
         self._file = None if file is None else Path(file)
         self._steps: list[int] = []
@@ -66,11 +78,11 @@ class AttentionMonitor:
     def __call__(self, line: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
         """Measure; see the class."""
         if self._layer is None:
-            self._layer = target_layer(model, as_unit_float(self._images[:1]))
-        heat = grad_cam(model, as_unit_float(self._images), self._targets, layer=self._layer).cpu()
+            self._layer = target_layer(model, self._images[:1])
+        heat = grad_cam(model, self._images, self._targets, layer=self._layer).cpu()
         found: dict[str, Any] = {"attention_entropy": _mean(attention_entropy(heat))}
         if self._mask is not None:
-            attention = tar(heat, self._mask.cpu())
+            attention = tar(heat, self._mask)
             found["tar_share"] = _mean(attention.share)
             found["tar_share_by_area"] = _mean(attention.share_by_area)
             found["tar_ratio"] = _mean(attention.ratio)
@@ -78,7 +90,13 @@ class AttentionMonitor:
         return found
 
     def panel(self) -> Pixels:
-        """The newest heat maps over their images, side by side: (H, W · shown, 3)."""
+        """The newest heat maps over their images, side by side: (H, W · shown, 3).
+
+        Raises:
+            RuntimeError: there was no look yet.
+        """
+        if not self._heat:
+            raise RuntimeError("panel: expected a look at a model before, got none")
         pixels = as_pixels(self._images[:SHOWN])
         return np.concatenate(list(overlay(pixels, self._heat[-1].astype(np.float64))), 1)
 
@@ -90,15 +108,26 @@ class AttentionMonitor:
         if self._file is None:
             return
         buffer = io.BytesIO()
-        mask = self._mask if self._mask is not None else torch.zeros(heat.shape[1:]).bool()
+        mask = torch.zeros(heat.shape[1:]).bool() if self._mask is None else self._mask
         np.savez_compressed(
             buffer,
             images=as_pixels(self._images[:SHOWN]),
-            mask=mask.cpu().numpy(),
+            mask=(mask[:SHOWN] if mask.dim() == 3 else mask).numpy(),
             steps=np.array(self._steps),
             heat=np.stack(self._heat),
         )
         atomic_write(self._file, buffer.getvalue())
+
+
+def _checked(mask: Tensor, images: Tensor) -> Tensor | None:
+    """On the CPU; None where it is true everywhere, and so tells nothing."""
+    one, each = tuple(images.shape[2:]), (len(images), *images.shape[2:])
+    if mask.dtype != torch.bool or tuple(mask.shape) not in (one, each):
+        got = f"{mask.dtype} {tuple(mask.shape)}"
+        raise ValueError(f"mask: expected booleans {one} or {each}, got {got}")
+    if not bool(mask.flatten(-2).any(-1).all()):
+        raise ValueError("mask: expected at least one place of every image, got none")
+    return None if bool(mask.all()) else mask.cpu()
 
 
 def _mean(values: Tensor) -> float | None:

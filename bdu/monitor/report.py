@@ -138,7 +138,9 @@ def _maps(file: Path) -> tuple[np.ndarray, ...]:
         raise ValueError(f"{file}: expected {', '.join(names)}, got {error}") from error
     if steps.dtype.kind not in "iu" or not 0 < len(steps) == len(heat):
         raise ValueError(f"{file}: expected a heat map for every step, got {steps.shape} steps")
-    return images, mask, steps, heat
+    if mask.shape not in (images.shape[:3], images.shape[1:3]):
+        raise ValueError(f"{file}: expected a mask of the images, got {mask.shape}")
+    return images, np.broadcast_to(mask, images.shape[:3]), steps, heat
 
 
 def _attention(directory: RunDirectory, lines: Sequence[dict[str, Any]]) -> str:
@@ -153,12 +155,12 @@ def _attention(directory: RunDirectory, lines: Sequence[dict[str, Any]]) -> str:
     )
     rows = []
     for n, image in enumerate(images):
-        pictures = [(outlined(image, mask, factor), f"triggered image {n + 1}")]
+        pictures = [(outlined(image, mask[n], factor), f"triggered image {n + 1}")]
         for i in chosen:
             laid = overlay(image[None], heat[i, n : n + 1].astype(np.float64))[0]
-            on = _share_on(heat[i, n], mask)
+            on = _share_on(heat[i, n], mask[n])
             said = f"heat map of image {n + 1} at step {steps[i]}{on}"
-            pictures.append((outlined(laid, mask, factor), said))
+            pictures.append((outlined(laid, mask[n], factor), said))
         cells = "".join(
             f'<td class="picture"><img src="{data_uri(pixels)}" alt="{html.escape(said)}"></td>'
             for pixels, said in pictures
