@@ -305,7 +305,7 @@ def test_monitor_adds_the_means_of_the_probe_and_keeps_the_maps(tmp_path):
     monitor({"step": 5}, model)
     with np.load(file, allow_pickle=False) as kept:
         assert kept["steps"].tolist() == [0, 5]
-    assert monitor.panel().shape == (16, 6 * 16, 3)
+    assert monitor.panel().shape == (4 * 132 + 4, 3 * 132 + 4, 3)
 
 
 def test_small_maps_are_kept_beside_large_ones(tmp_path, monkeypatch):
@@ -373,6 +373,34 @@ def test_monitor_takes_a_mask_for_each_image(tmp_path):
     assert AttentionMonitor(images, targets, each, file=file)({"step": 0}, model) != expected
     with np.load(file) as kept:
         assert np.array_equal(kept["mask"], each[:6].numpy())
+
+
+@pytest.mark.parametrize("masks", ["none", "one", "each"])
+def test_panel_is_large_and_shows_each_image_above_its_heat_map(masks):
+    model, images, targets, mask = probe()
+    given = {"none": None, "one": mask, "each": mask.expand(8, 16, 16)}[masks]
+    monitor = AttentionMonitor(images, targets, given)
+    monitor({"step": 0}, model)
+    panel = monitor.panel()
+    heat = grad_cam(model, images[:6], 0).double().numpy()
+    pixels = panels.as_pixels(images[:6])
+    laid = panels.overlay(pixels, heat)
+    for n in range(6):
+        for kind, row in ((pixels, 2 * (n // 3)), (laid, 2 * (n // 3) + 1)):
+            top, left = 4 + 132 * row, 4 + 132 * (n % 3)
+            shown = panel[top : top + 128, left : left + 128].astype(int)
+            # in the middle of the places: outside of the outline of the trigger
+            assert np.abs(shown[4::8, 4::8] - kind[n].astype(int)).max() <= 1
+            expected = panels.enlarged(kind[n], 8).astype(int)
+            drawn = np.abs(shown - expected).max(2) > 1
+            assert drawn.any() == (masks != "none")
+            assert not drawn[33:].any()
+    two = AttentionMonitor(images[:2], 0, mask)
+    two({"step": 0}, model)
+    assert two.panel().shape == (2 * 132 + 4, 2 * 132 + 4, 3)
+    large = AttentionMonitor(torch.rand(1, 3, 160, 200), 0)
+    large({"step": 0}, model)
+    assert large.panel().shape == (2 * 164 + 4, 204 + 4, 3)
 
 
 def test_panel_before_the_first_look_is_refused():
@@ -451,7 +479,7 @@ def test_logger_writes_numbers_and_pictures():
     assert values["loss"] == 0.5
     assert "tar_share" in values
     assert not {"step", "phase", "penalty"} & set(values)
-    assert picture == ("attention", (16, 96, 3), 4)
+    assert picture == ("attention", (4 * 132 + 4, 3 * 132 + 4, 3), 4)
 
 
 def test_tensorboard_gets_curves_and_heat_maps(tmp_path):

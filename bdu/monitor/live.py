@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,9 +21,11 @@ from torch import Tensor, nn
 from bdu.checkpoint import atomic_write
 from bdu.monitor.attention import attention_entropy, tar
 from bdu.monitor.gradcam import grad_cam, target_layer
-from bdu.monitor.panels import Pixels, as_pixels, overlay, scaled
+from bdu.monitor.panels import Pixels, as_pixels, outlined, overlay, scaled, sheet
 
 SHOWN = 6
+# Of a panel: pixels of a picture's height, at least, and pictures beside each other.
+_SIDE, _BESIDE = 128, 3
 
 
 class AttentionMonitor:
@@ -90,7 +93,9 @@ class AttentionMonitor:
         return found
 
     def panel(self) -> Pixels:
-        """The newest heat maps over their images, side by side: (H, W · shown, 3).
+        """The first images, and below each the newest heat map over it; (height, width, 3).
+
+        Small images are enlarged, three stand beside each other, and the trigger is outlined.
 
         Raises:
             RuntimeError: there was no look yet.
@@ -98,7 +103,23 @@ class AttentionMonitor:
         if not self._heat:
             raise RuntimeError("panel: expected a look at a model before, got none")
         pixels = as_pixels(self._images[:SHOWN])
-        return np.concatenate(list(overlay(pixels, self._heat[-1].astype(np.float64))), 1)
+        laid = overlay(pixels, self._heat[-1].astype(np.float64))
+        masks = np.broadcast_to(self._mask_shown(), pixels.shape[:3])
+        factor = max(1, math.ceil(_SIDE / pixels.shape[1]))
+        images, maps = (
+            [outlined(picture, m, factor) for picture, m in zip(kind, masks, strict=True)]
+            for kind in (pixels, laid)
+        )
+        rows = [
+            kind[i : i + _BESIDE] for i in range(0, len(images), _BESIDE) for kind in (images, maps)
+        ]
+        return sheet(rows)
+
+    def _mask_shown(self) -> np.ndarray:
+        """(H, W) of all, or that of each image that is shown."""
+        if self._mask is None:
+            return np.zeros(tuple(self._images.shape[2:]), dtype=bool)
+        return (self._mask if self._mask.dim() == 2 else self._mask[:SHOWN]).numpy()
 
     def _keep(self, step: int, heat: np.ndarray) -> None:
         earlier = [i for i, known in enumerate(self._steps) if known < step]
@@ -108,11 +129,10 @@ class AttentionMonitor:
         if self._file is None:
             return
         buffer = io.BytesIO()
-        mask = torch.zeros(heat.shape[1:]).bool() if self._mask is None else self._mask
         np.savez_compressed(
             buffer,
             images=as_pixels(self._images[:SHOWN]),
-            mask=(mask[:SHOWN] if mask.dim() == 3 else mask).numpy(),
+            mask=self._mask_shown(),
             steps=np.array(self._steps),
             heat=np.stack(self._heat),
         )

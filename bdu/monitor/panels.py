@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -74,6 +75,19 @@ def outlined(pixels: Pixels, mask: npt.NDArray[np.bool_], factor: int) -> Pixels
     large = large.copy()
     large[rows, columns] = np.where(dark, 0, 255)[:, None]
     return large
+
+
+def sheet(rows: Sequence[Sequence[Pixels]], gap: int = 4) -> Pixels:
+    """Pictures of one size in rows on grey, a gap around each; rows may be short at their end."""
+    height, width, _ = rows[0][0].shape
+    columns = max(len(row) for row in rows)
+    size = (gap + len(rows) * (height + gap), gap + columns * (width + gap), 3)
+    whole = np.full(size, 128, dtype=np.uint8)
+    for i, row in enumerate(rows):
+        for j, picture in enumerate(row):
+            top, left = gap + i * (height + gap), gap + j * (width + gap)
+            whole[top : top + height, left : left + width] = picture
+    return whole
 
 
 def data_uri(pixels: Pixels) -> str:
