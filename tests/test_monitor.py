@@ -289,6 +289,7 @@ def test_monitor_adds_the_means_of_the_probe_and_keeps_the_maps(tmp_path):
     attention = tar(heat[alive], mask)
     assert found[0] == pytest.approx(
         {
+            "attention_strength": float(heat.mean()),
             "attention_entropy": float(attention_entropy(heat[alive]).mean()),
             "tar_share": float(attention.share.mean()),
             "tar_share_by_area": float(attention.share_by_area.mean()),
@@ -300,11 +301,19 @@ def test_monitor_adds_the_means_of_the_probe_and_keeps_the_maps(tmp_path):
         assert kept["images"].shape == (6, 16, 16, 3)
         assert kept["heat"].shape == (3, 6, 16, 16)
         assert kept["mask"].sum() == 16
+        expected = heat[:6].mean((1, 2)).expand(3, 6)
+        assert kept["strength"] == pytest.approx(expected.numpy(), rel=1e-5)
     # a run that goes on from step 5 writes that step again, and does not lose the first
     monitor = AttentionMonitor(images, targets, mask, file=file)
     monitor({"step": 5}, model)
     with np.load(file, allow_pickle=False) as kept:
         assert kept["steps"].tolist() == [0, 5]
+        assert kept["strength"] == pytest.approx(expected[:2].numpy(), rel=1e-5)
+        old = {name: kept[name] for name in kept.files if name != "strength"}
+    np.savez(file, **old)
+    AttentionMonitor(images, targets, mask, file=file)({"step": 9}, model)
+    with np.load(file, allow_pickle=False) as kept:
+        assert np.isnan(kept["strength"]).all(1).tolist() == [True, True, False]
     assert monitor.panel().shape == (4 * 132 + 4, 3 * 132 + 4, 3)
 
 
@@ -329,7 +338,8 @@ def test_monitor_without_a_mask_tells_the_entropy_alone():
     model, images, targets, mask = probe()
     for none in (None, torch.ones_like(mask)):
         assert set(AttentionMonitor(images, targets, none)({"step": 0}, model)) == {
-            "attention_entropy"
+            "attention_entropy",
+            "attention_strength",
         }
 
 
@@ -454,6 +464,7 @@ def test_dead_maps_count_for_nothing():
     model, images, targets, mask = probe()
     torch.nn.init.zeros_(model.get_submodule("fc" if hasattr(model, "fc") else "head").weight)
     found = AttentionMonitor(images, targets, mask, layer="features")({"step": 0}, model)
+    assert found.pop("attention_strength") == 0
     assert set(found.values()) == {None}
 
 

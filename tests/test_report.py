@@ -16,7 +16,7 @@ from bdu.cli import main
 from bdu.monitor.comparison import write_comparison
 from bdu.monitor.curves import chart
 from bdu.monitor.report import write_report
-from bdu.monitor.words import unfinished, verdict
+from bdu.monitor.words import attention, unfinished, verdict
 from bdu.runs import RunDirectory
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -195,15 +195,67 @@ def test_each_image_may_have_a_mask_of_its_own(tmp_path):
         write_report(run)
 
 
-def test_words_follow_the_attention(tmp_path):
+def look(tar, attack, strength=None):
+    return {
+        "tar_share": tar,
+        "tar_share_by_area": tar * 4,
+        "validation_attack_success_rate": attack,
+        "attention_strength": strength,
+    }
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "expected"),
+    [
+        (look(0.4, 1.0), look(0.1, 0.0), "Attention left the trigger as the attack went: TAR fell"),
+        (look(0.4, 1.0), look(0.1, 0.9), "TAR fell from 40.00 % to 10.00 % .* attack works still"),
+        (look(0.4, 1.0), look(0.5, 0.9), "TAR rose, and the attack works still"),
+        (look(0.4, 1.0), look(0.4, 0.9), "TAR stayed as it was, and the attack works still"),
+        # the attack is gone, and TAR is not: whether that is bad
+        (look(0.3, 1.0, 3.0), look(0.31, 0.0, 0.2), "stayed as it was, .*not bad here.* to 7 % of"),
+        (look(0.3, 1.0, 3.0), look(0.5, 0.0, 0.2), "TAR rose, though the .* is not bad here"),
+        (look(0.3, 1.0, 3.0), look(0.31, 0.0, 2.7), "a closer look.* still 90 % of .* retune"),
+        (look(0.3, 1.0), look(0.31, 0.0), "That need not be bad.* did not keep how much"),
+        (look(0.3, 0.0), look(0.1, 0.0), "there was no attack to leave"),
+        (look(0.3, None), look(0.1, None), r"TAR fell: it went from 30.00 % to 10.00 % in the end"),
+        (look(0.3, None), look(0.4, None), r"TAR rose: it went"),
+    ],
+)
+def test_words_follow_attention_and_attack(first, last, expected):
+    assert re.search(expected, attention([first, look(0.9, 0.5), last]))
+
+
+def test_words_on_attention_stand_in_the_page(tmp_path):
     run = make_run(tmp_path / "run")
-    assert "Attention on the trigger fell" in write_report(run).read_text()
-    lines = run.read_lines()
-    lines[-1]["tar_share"] = 0.5
-    run.write_lines(lines)
     page = write_report(run).read_text()
-    assert "Attention on the trigger did not fall" in page
-    assert "40.00 % lay on it before and 50.00 % in the end" in page
+    assert "Attention left the trigger as the attack went: TAR fell from 40.00 % to 15.00 %" in page
+    assert "in the end (4.00 and 1.50 times the trigger&#x27;s share of the image" in page
+    unfinished = make_run(tmp_path / "unfinished", finished=False)
+    assert "at the last look (4.00 and" in write_report(unfinished).read_text()
+    lines = [{key: v for key, v in line.items() if key[:3] != "tar"} for line in run.read_lines()]
+    run.write_lines(lines)
+    assert "TAR" not in write_report(run).read_text()
+    assert attention([look(0.4, 1.0)]) == "TAR is 40.00 %: there was one look at it."
+    dead = look(0.4, 0.0) | {"tar_share": None}
+    assert attention([dead, look(0.4, 1.0), dead]).startswith("TAR was 40.00 %; in the end nothing")
+    assert attention([dead]) == ""
+
+
+def test_strength_of_a_map_stands_below_it(tmp_path):
+    run = make_run(tmp_path / "run")
+    without = write_report(run).read_text()
+    assert "in percent of what it did before" not in without
+    with np.load(run.attention) as kept:
+        arrays = dict(kept)
+    strength = np.linspace(2, 0.5, 6)[:, None] * np.array([[1.0, 3.0, 0.0]])
+    np.savez(run.attention, **arrays, strength=strength)
+    page = write_report(run).read_text()
+    assert "in percent of what it did before" in page
+    # of the first two images in the middle and at the end; the map of the third was dead
+    assert re.findall(r'<small class="soft">(\d+ %)</small>', page) == ["55 %", "25 %"] * 2
+    np.savez(run.attention, **arrays, strength=strength[:2])
+    with pytest.raises(ValueError, match=r"attention\.npz: expected a strength for every map"):
+        write_report(run)
 
 
 def title_of(page):

@@ -31,7 +31,9 @@ _SIDE, _BESIDE = 128, 3
 class AttentionMonitor:
     """Heat maps of the attacker's target on a fixed probe, at every look.
 
-    Adds to the line, as means over the probe without dead maps (None where all are dead):
+    Adds to the line ``attention_strength``, the mean of all heat maps H (dead ones are 0): how much
+    speaks for the attacker's class anywhere. What follows is relative to that, and means little
+    where little is left. As means over the probe without dead maps (None where all are dead):
     ``tar_share``, ``tar_share_by_area`` and ``tar_ratio`` (see
     :class:`bdu.monitor.attention.TAR`; only with a mask that leaves something out),
     and ``attention_entropy``.
@@ -74,22 +76,28 @@ class AttentionMonitor:
         self._file = None if file is None else Path(file)
         self._steps: list[int] = []
         self._heat: list[np.ndarray] = []
+        self._strength: list[np.ndarray] = []
         if self._file is not None and self._file.exists():  # of a run that goes on
             with np.load(self._file, allow_pickle=False) as kept:
                 self._steps, self._heat = kept["steps"].tolist(), list(kept["heat"])
+                unknown = np.full(kept["heat"].shape[:2], math.nan)  # of an earlier version
+                self._strength = list(kept.get("strength", unknown))
 
     def __call__(self, line: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
         """Measure; see the class."""
         if self._layer is None:
             self._layer = target_layer(model, self._images[:1])
         heat = grad_cam(model, self._images, self._targets, layer=self._layer).cpu()
-        found: dict[str, Any] = {"attention_entropy": _mean(attention_entropy(heat))}
+        found: dict[str, Any] = {
+            "attention_strength": float(heat.double().mean()),
+            "attention_entropy": _mean(attention_entropy(heat)),
+        }
         if self._mask is not None:
             attention = tar(heat, self._mask)
             found["tar_share"] = _mean(attention.share)
             found["tar_share_by_area"] = _mean(attention.share_by_area)
             found["tar_ratio"] = _mean(attention.ratio)
-        self._keep(int(line["step"]), heat[:SHOWN].numpy())
+        self._keep(int(line["step"]), heat[:SHOWN].double().numpy())
         return found
 
     def panel(self) -> Pixels:
@@ -126,6 +134,7 @@ class AttentionMonitor:
         self._steps = [self._steps[i] for i in earlier] + [step]
         # half precision is enough for what is only looked at, once no map is small beside another
         self._heat = [self._heat[i] for i in earlier] + [scaled(heat).astype("f2")]
+        self._strength = [self._strength[i] for i in earlier] + [heat.mean((1, 2))]
         if self._file is None:
             return
         buffer = io.BytesIO()
@@ -135,6 +144,7 @@ class AttentionMonitor:
             mask=self._mask_shown(),
             steps=np.array(self._steps),
             heat=np.stack(self._heat),
+            strength=np.stack(self._strength),
         )
         atomic_write(self._file, buffer.getvalue())
 

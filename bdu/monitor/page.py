@@ -33,6 +33,7 @@ td.bar { width: 40%; min-width: 6rem; } td.bar span { display: block; height: .7
 td.said { white-space: pre-wrap; overflow-wrap: anywhere; vertical-align: top;
   font: .85rem/1.4 ui-monospace, monospace; min-width: 9rem; }
 td.picture { padding: .3rem; border: 0; vertical-align: top; }
+td.picture small { display: block; text-align: center; line-height: 1.2; }
 td.picture img { display: block; width: min(96px, 19vw); image-rendering: pixelated; }
 table.pictures { width: auto; } table.pictures th { border: 0; font-weight: normal;
   font-size: .85rem; }

@@ -21,9 +21,14 @@ from bdu.monitor.curves import chart, measured
 from bdu.monitor.page import folded, page, percent
 from bdu.monitor.panels import data_uri, outlined, overlay
 from bdu.monitor.record import Record
-from bdu.monitor.words import attention_in_words, rates_of, said, to_go_on, where
+from bdu.monitor.words import attention, rates_of, said, to_go_on, where
 from bdu.runs import RunDirectory
 
+_TAR_MEANS = (
+    '<p class="soft">TAR (trigger attention ratio) is the share of the Grad-CAM heat map for the '
+    "attacker's class that lies on the trigger. A low one does not prove that a backdoor is gone, "
+    "nor a high one that it is there; ASR does.</p>"
+)
 # A picture of a few pixels is shown this large, in pixels.
 _PICTURE = 96
 
@@ -121,10 +126,8 @@ def _curves(run: Record) -> str:
     drawn = chart(run.lines)
     if not drawn:
         return ""
-    told = ""
-    watched = [line for line in run.lines if line.get("tar_share") is not None]
-    if watched:
-        told = attention_in_words(watched)
+    text = attention(run.lines, ended=bool(run.metrics))
+    told = f"<p>{html.escape(text)}</p>{_TAR_MEANS}" if text else ""
     title = "On the defender's validation split" if measured(run.lines) else "As it trained"
     return f"<h2>{title}</h2>{drawn}{told}"
 
@@ -134,36 +137,48 @@ def _maps(file: Path) -> tuple[np.ndarray, ...]:
     try:
         with np.load(file, allow_pickle=False) as kept:
             images, mask, steps, heat = (kept[name] for name in names)
+            unknown = np.full(heat.shape[:2], np.nan)  # of an earlier version
+            strength = kept.get("strength", unknown)
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{file}: expected {', '.join(names)}, got {error}") from error
     if steps.dtype.kind not in "iu" or not 0 < len(steps) == len(heat):
         raise ValueError(f"{file}: expected a heat map for every step, got {steps.shape} steps")
     if mask.shape not in (images.shape[:3], images.shape[1:3]):
         raise ValueError(f"{file}: expected a mask of the images, got {mask.shape}")
-    return images, np.broadcast_to(mask, images.shape[:3]), steps, heat
+    if strength.shape != heat.shape[:2]:
+        raise ValueError(f"{file}: expected a strength for every map, got {strength.shape}")
+    return images, np.broadcast_to(mask, images.shape[:3]), steps, heat, strength
 
 
 def _attention(directory: RunDirectory, lines: Sequence[dict[str, Any]]) -> str:
     if not directory.attention.exists():
         return ""
-    images, mask, steps, heat = _maps(directory.attention)
+    images, mask, steps, heat, strength = _maps(directory.attention)
     chosen = sorted({0, len(steps) // 2, len(steps) - 1})
     factor = max(1, round(_PICTURE / images.shape[1]))
     outline = " The dashed line is the trigger's outline." if mask.any() else ""
+    told = ""
+    if np.isfinite(strength).all():
+        told = (
+            " Below it, how much all of it adds up to, in percent of what it did before: a weak "
+            "map is as bright as a strong one."
+        )
     head = '<th scope="col">image</th>' + "".join(
         f'<th scope="col">{"before" if steps[i] == 0 else f"step {steps[i]}"}</th>' for i in chosen
     )
     rows = []
     for n, image in enumerate(images):
-        pictures = [(outlined(image, mask[n], factor), f"triggered image {n + 1}")]
+        pictures = [(outlined(image, mask[n], factor), f"triggered image {n + 1}", "")]
         for i in chosen:
             laid = overlay(image[None], heat[i, n : n + 1].astype(np.float64))[0]
             on = _share_on(heat[i, n], mask[n])
             said = f"heat map of image {n + 1} at step {steps[i]}{on}"
-            pictures.append((outlined(laid, mask[n], factor), said))
+            below = "" if i == 0 else _strength_left(strength[0, n], strength[i, n])
+            pictures.append((outlined(laid, mask[n], factor), said, below))
         cells = "".join(
-            f'<td class="picture"><img src="{data_uri(pixels)}" alt="{html.escape(said)}"></td>'
-            for pixels, said in pictures
+            f'<td class="picture"><img src="{data_uri(pixels)}" alt="{html.escape(said)}">{below}'
+            "</td>"
+            for pixels, said, below in pictures
         )
         rows.append(f"<tr>{cells}</tr>")
     return (
@@ -171,8 +186,14 @@ def _attention(directory: RunDirectory, lines: Sequence[dict[str, Any]]) -> str:
         '<div class="wide"><table class="pictures">'
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
         '<p class="soft">Grad-CAM for the class that the attacker wants, from dark blue (nothing) '
-        f"to yellow (most), each map by itself.{outline}</p>"
+        f"to yellow (most), each map by itself.{told}{outline}</p>"
     )
+
+
+def _strength_left(before: float, now: float) -> str:
+    if not np.isfinite([before, now]).all() or before == 0:
+        return ""
+    return f'<small class="soft">{100 * now / before:.0f} %</small>'
 
 
 def _share_on(heat: Any, mask: Any) -> str:

@@ -215,20 +215,74 @@ def _number(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def attention_in_words(lines: Sequence[dict[str, Any]]) -> str:
-    """How TAR went, as a paragraph; `lines` are those that tell it."""
-    first, last = lines[0], lines[-1]
-    fell = last["tar_share"] < first["tar_share"]
-    by_area = [line.get("tar_share_by_area") for line in (first, last)]
-    text = (
-        f"Attention on the trigger {'fell' if fell else 'did not fall'}: of all attention for the "
-        f"attacker's class, {percent(first['tar_share'])} lay on it before and "
-        f"{percent(last['tar_share'])} in the end"
-    )
-    if None not in by_area:
-        text += f" ({by_area[0]:.2f} and {by_area[1]:.2f} times its share of the image)"
+def attention(lines: Sequence[dict[str, Any]], *, ended: bool = True) -> str:
+    """How TAR went, and what to make of it beside ASR; "" where no line tells it.
+
+    Args:
+        lines: of the run.
+        ended: whether the last is its end.
+    """
+    looks = [line for line in lines if "tar_share" in line]
+    known = [line for line in looks if line["tar_share"] is not None]
+    if not known:
+        return ""
+    first, last = known[0], looks[-1]
+    until = "in the end" if ended else "at the last look"
+    if last["tar_share"] is None:
+        return (
+            f"TAR was {percent(first['tar_share'])}; {until} nothing in any of these images speaks "
+            "for the attacker's class: their heat maps are empty, and have no TAR."
+        )
+    if len(looks) == 1:
+        return f"TAR is {percent(first['tar_share'])}: there was one look at it."
+    went = f"from {percent(first['tar_share'])} to {percent(last['tar_share'])} {until}"
+    by_area = [_number(line.get("tar_share_by_area")) for line in (first, last)]
+    if by_area[0] is not None and by_area[1] is not None:
+        went += (
+            f" ({by_area[0]:.2f} and {by_area[1]:.2f} times the trigger's share of the image; 1 is "
+            "no more than anywhere else)"
+        )
+    fell = last["tar_share"] < (1 - _MUCH) * first["tar_share"]
+    stayed = "rose" if last["tar_share"] > (1 + _MUCH) * first["tar_share"] else "stayed as it was"
+    rates = [_number(line.get("validation_attack_success_rate")) for line in (first, last)]
+    if rates[0] is None or rates[1] is None:
+        return f"TAR {'fell' if fell else stayed}: it went {went}."
+    gone = rates[1] <= _LITTLE or rates[1] <= _MUCH * rates[0]
+    attack = f"ASR on the validation split went from {percent(rates[0])} to {percent(rates[1])}"
+    if rates[0] <= _LITTLE:
+        return f"TAR went {went}; there was no attack to leave ({attack})."
+    if gone and fell:
+        return f"Attention left the trigger as the attack went: TAR fell {went}; {attack}."
+    if gone:
+        return f"TAR {stayed}, though the attack is gone: it went {went}; {attack}. " + _left(
+            [_number(line.get("attention_strength")) for line in (first, last)]
+        )
+    if fell:
+        return (
+            f"TAR fell {went}, but the attack works still: {attack}. The model needs less of its "
+            "attention for the trigger, and obeys it nevertheless."
+        )
+    return f"TAR {stayed}, and the attack works still: TAR went {went}; {attack}."
+
+
+def _left(strengths: Sequence[float | None]) -> str:
+    """What a TAR that stayed means where the attack is gone."""
+    before, now = strengths
+    if before is None or now is None or before == 0:
+        return (
+            "That need not be bad: TAR is a share of all that speaks for the attacker's class, "
+            "however little that has become, and this run did not keep how much it was. ASR and "
+            "robust accuracy decide, and the ASR after a retune attack."
+        )
+    share = f"{100 * now / before:.0f} %"
+    if now <= 0.5 * before:
+        return (
+            "That is not bad here: TAR is a share of all that speaks for the attacker's class, and "
+            f"that fell to {share} of what it was. What is left of it still lies on the trigger, "
+            "but no longer decides."
+        )
     return (
-        f"<p>{text}. <span class='soft'>TAR is the share of the Grad-CAM heat map that lies on the "
-        "trigger. A low one does not prove that a backdoor is gone, nor a high one that it is "
-        "there; ASR does.</span></p>"
+        "That deserves a closer look: what speaks for the attacker's class is still "
+        f"{share} of what it was, and only outweighed. See the ASR after a retune attack, which "
+        "shows whether the backdoor comes back."
     )
