@@ -278,8 +278,7 @@ def _left(strengths: Sequence[float | None]) -> str:
     if now <= 0.5 * before:
         return (
             "That is not bad here: TAR is a share of all that speaks for the attacker's class, and "
-            f"that fell to {share} of what it was. What is left of it still lies on the trigger, "
-            "but no longer decides."
+            f"that fell to {share} of what it was. How the rest is spread decides nothing."
         )
     return (
         "That deserves a closer look: what speaks for the attacker's class is still "
