@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bdu.data import as_unit_float, check_labels
-from bdu.models import device_of, modes_kept
+from bdu.models import device_of, logits_of, modes_kept
 
 Target = int | Literal["all-to-all"]
 ALL_TO_ALL: Literal["all-to-all"] = "all-to-all"
@@ -56,8 +56,8 @@ def predict(
     """Logits of `model` for `x`, in evaluation mode and without gradients.
 
     Args:
-        model: returns (N, classes), or an object whose `logits` is that. Its device is used, and
-            its training flags are put back, module by module.
+        model: returns (N, classes), or what `bdu.models.logits_of` finds that in. Its device is
+            used, and its training flags are put back, module by module.
         x: (N, C, H, W), uint8, or float in [0, 1]; on any device.
         batch_size: images at a time, at least 1.
         transform: applied to each float batch on the model's device, for example a trigger.
@@ -82,8 +82,7 @@ def predict(
             images = as_unit_float(batch.to(device))
             if transform is not None:
                 images = transform(images)
-            output: Any = model(images.to(dtype))
-            logits = output if isinstance(output, Tensor) else output.logits
+            logits = logits_of(model(images.to(dtype)))
             if logits.dim() != 2 or len(logits) != len(batch):
                 raise ValueError(
                     f"model: expected outputs ({len(batch)}, classes), got {tuple(logits.shape)}"

@@ -11,7 +11,7 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -332,6 +332,26 @@ def device_of(model: nn.Module) -> torch.device:
     for tensor in (*model.parameters(), *model.buffers()):
         return tensor.device
     return torch.device("cpu")
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in what a model returned: a tensor, or its ``logits`` as an attribute or a key.
+
+    Hugging Face's classifiers return an object with such an attribute.
+
+    Raises:
+        ValueError: it is neither; a tuple, for example.
+    """
+    found = output
+    if not isinstance(output, Tensor):
+        is_mapping = isinstance(output, Mapping)
+        found = output.get("logits") if is_mapping else getattr(output, "logits", None)
+    if not isinstance(found, Tensor):
+        raise ValueError(
+            f"model: expected a tensor of logits or an output with .logits, got "
+            f"{type(output).__name__}"
+        )
+    return found
 
 
 @contextmanager

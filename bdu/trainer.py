@@ -9,12 +9,13 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from bdu.data import as_unit_float
 from bdu.defenses import balanced, bi_bau, finetuning, fst, i_bau, pam, sau, tbar, tsbd, ulrl
-from bdu.defenses.protocol import Callback, DefenderData, Result
+from bdu.defenses.protocol import Callback, DefenderData, Line, Result
 from bdu.metrics import predict
-from bdu.models import device_of
+from bdu.models import device_of, logits_of, modes_kept
 
 _TRIGGER_FREE = (finetuning, ulrl, fst, tsbd, i_bau, sau, pam, tbar, bi_bau)
 
@@ -51,7 +52,8 @@ def unlearn(
     defender's validation split.
 
     Args:
-        model: takes float images in [0, 1], (N, C, H, W), returns logits (N, classes). Untouched.
+        model: takes float images in [0, 1], (N, C, H, W), returns logits (N, classes), or an output
+            that has them, as Hugging Face's do (:func:`bdu.models.logits_of`). Untouched.
         method: one of ``bdu.trainer.METHODS``.
         clean: Dataset, DataLoader or (x, y): a few hundred samples with their true labels.
         triggered: likewise, with the trigger on them and the label the attacker wants; or
@@ -84,16 +86,59 @@ def unlearn(
     )
     if device_of(model) != target_device:
         model = copy.deepcopy(model).to(target_device)
-    return METHODS[method](
-        model,
+    is_bare = _returns_a_tensor(model, data)
+    result = METHODS[method](
+        model if is_bare else _with_logits_alone(model),
         data,
         seed=seed,
-        callbacks=callbacks,
+        callbacks=callbacks if is_bare else [_given_the_whole(each) for each in callbacks],
         progress=progress,
         state_file=state_file,
         resume=resume,
         **settings,
     )
+    _make_whole(result.model)
+    return result
+
+
+class _Logits:
+    """A forward hook: methods see the logits alone of a model that returns more."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Tensor:
+        return logits_of(output)
+
+
+def _returns_a_tensor(model: nn.Module, data: DefenderData) -> bool:
+    with torch.no_grad(), modes_kept(model):
+        model.eval()
+        return isinstance(model(as_unit_float(data.clean.x[:1])), Tensor)
+
+
+def _with_logits_alone(model: nn.Module) -> nn.Module:
+    """A shell of the model, of the same class and with the very same tensors, that has the hook."""
+    tensors = (*model.parameters(), *model.buffers())
+    shell = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    shell.register_forward_hook(_Logits())
+    return shell
+
+
+def _make_whole(model: nn.Module) -> None:
+    for key, hook in list(model._forward_hooks.items()):
+        if isinstance(hook, _Logits):
+            del model._forward_hooks[key]
+
+
+def _given_the_whole(callback: Callback) -> Callback:
+    """The callback, which sees the model return what the one passed in returns."""
+
+    def told(line: Line, model: nn.Module) -> Mapping[str, Any] | None:
+        _make_whole(model)
+        try:
+            return callback(line, model)
+        finally:
+            model.register_forward_hook(_Logits())
+
+    return told
 
 
 def prepare(

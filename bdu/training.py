@@ -18,7 +18,7 @@ from tqdm import tqdm
 from bdu.checkpoint import load_state, save_state
 from bdu.data import as_unit_float, check_images, check_labels
 from bdu.data import augment as augmented
-from bdu.models import device_of, modes_kept
+from bdu.models import device_of, logits_of, modes_kept
 
 Schedule = Literal["one-cycle", "cosine", "constant"]
 SCHEDULES: tuple[Schedule, ...] = ("one-cycle", "cosine", "constant")
@@ -115,8 +115,9 @@ def fit(
     was. A last batch of one sample joins the batch before it, as batch norm needs two.
 
     Args:
-        model: takes float images in [0, 1], (N, C, H, W), and returns logits. Every module
-            trains during an epoch; afterwards the training flags are as they were.
+        model: takes float images in [0, 1], (N, C, H, W), and returns logits, see
+            `bdu.models.logits_of`. Every module trains during an epoch; afterwards the training
+            flags are as they were.
         x: (N, C, H, W), uint8 or float in [0, 1].
         y: (N,) classes, integer.
         epochs: passes over the data, at least 1.
@@ -235,7 +236,7 @@ def fit(
                     with torch.autocast(
                         device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None
                     ):
-                        logits = model(images)
+                        logits = logits_of(model(images))
                     loss = functional.cross_entropy(
                         logits.float(), labels, label_smoothing=label_smoothing
                     )

@@ -23,7 +23,7 @@ from bdu.attacks.trigger import (
     place,
     plant,
 )
-from bdu.models import device_of, modes_kept
+from bdu.models import device_of, logits_of, modes_kept
 
 # Name, and the axes along which the pattern of the first is mirrored.
 CORNERS: tuple[tuple[NamedPosition, tuple[int, ...]], ...] = (
@@ -156,7 +156,9 @@ class LabelConsistent:
             model.eval()
             for _ in range(self.steps):
                 moved.requires_grad_()
-                loss = functional.cross_entropy(model(moved).float(), labels, reduction="sum")
+                loss = functional.cross_entropy(
+                    logits_of(model(moved)).float(), labels, reduction="sum"
+                )
                 (gradient,) = torch.autograd.grad(loss, [moved])
                 moved = (moved.detach() + size * gradient.sign()).clamp(low, high)
         return moved.to(x.device)

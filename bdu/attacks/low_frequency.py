@@ -23,7 +23,7 @@ from bdu.attacks.trigger import (
 from bdu.checkpoint import save_state_dict
 from bdu.data import as_unit_float, check_images
 from bdu.metrics import target_labels
-from bdu.models import device_of, modes_kept
+from bdu.models import device_of, logits_of, modes_kept
 
 TINY = 1e-20
 
@@ -113,7 +113,7 @@ class LowFrequency:
                 images = as_unit_float(x[drawn.to(x.device)].to(device))
                 labels = wanted[drawn.to(wanted.device)].to(device)
                 triggered = add_pattern(images, self._pattern(coefficients, x.shape))
-                loss = functional.cross_entropy(model(triggered).float(), labels)
+                loss = functional.cross_entropy(logits_of(model(triggered)).float(), labels)
                 (gradient,) = torch.autograd.grad(loss, [coefficients])
                 with torch.no_grad():
                     # not Adam, which would move what does not matter as far as what does

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
+from bdu.models import logits_of
+
 
 def selected_parameters(model: nn.Module, names: Iterable[str] | None) -> dict[str, nn.Parameter]:
     """The parameters of these names, or all that require a gradient; ValueError by name."""
@@ -153,10 +155,7 @@ def run(model: nn.Module, x: Any, parameters: dict[str, Tensor] | None = None) -
         outputs = torch.func.functional_call(model, parameters, args, kwargs)
     else:
         outputs = model(*args, **kwargs)
-    logits = getattr(outputs, "logits", outputs)
-    if not isinstance(logits, Tensor):
-        raise ValueError(f"model: expected a tensor or .logits, got {type(outputs).__name__}")
-    return logits
+    return logits_of(outputs)
 
 
 def known_positions(x: Any) -> set[int]:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bdu.data import as_unit_float
-from bdu.models import device_of, modes_kept
+from bdu.models import device_of, logits_of, modes_kept
 
 
 def grad_cam(
@@ -40,7 +40,7 @@ def grad_cam(
     number of places, and nothing is differentiated.
 
     Args:
-        model: takes images, returns logits (N, classes) or an object with such `.logits`.
+        model: takes images, returns logits (N, classes), see :func:`bdu.models.logits_of`.
         images: (N, C, H, W), uint8, or floats as the model takes them; on any device, may be none.
         targets: the class c to explain: one for all, or (N,).
         layer: name from `model.named_modules()`, with output (N, K, h, w) or, of a transformer,
@@ -219,9 +219,9 @@ def _places(values: Tensor, output: Tensor) -> Tensor:
 
 
 def _logits(output: Any) -> Tensor:
-    logits = getattr(output, "logits", output)
-    if not isinstance(logits, Tensor) or logits.dim() != 2:
-        raise ValueError("model: expected logits (N, classes), got another output")
+    logits = logits_of(output)
+    if logits.dim() != 2:
+        raise ValueError(f"model: expected logits (N, classes), got {tuple(logits.shape)}")
     return logits
 
 
