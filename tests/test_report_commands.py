@@ -168,6 +168,11 @@ def test_earlier_runs_kept_relative_paths(folder, tmp_path, monkeypatch, capsys)
     (run / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     assert main(["report", "early"]) == 0
     assert "the folder it was started in: type it there" in (run / "report.html").read_text()
+    whole = {k: v for k, v in config.items() if k not in ("checkpoint", "clean", "triggered")}
+    (run / "config.yaml").write_text(yaml.safe_dump(whole, sort_keys=False))
+    assert main(["report", "early"]) == 0
+    assert "type it there" not in (run / "report.html").read_text()
+    (run / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     assert main(unlearn("early", "--resume")) == 0
     assert yaml.safe_load((run / "config.yaml").read_text())["clean"] == str(
         folder / "planted" / "defender_clean.npz"

@@ -34,7 +34,10 @@ def write_comparison(directories: Sequence[RunDirectory], path: Path) -> None:
     if len(kinds) > 1:
         rows.append(row("what it is given", [run.asked for _, run in runs]))
     if any(not run.metrics for _, run in runs):
-        ends = ["ended" if run.metrics else f"unfinished: {progress(run.lines)}" for _, run in runs]
+        ends = [
+            "ended" if run.metrics else f"unfinished: {progress(run.lines).partition(',')[0]}"
+            for _, run in runs
+        ]
         rows.append(row("how far it got", [html.escape(end) for end in ends], "words"))
     for when in ("before", "after"):
         measured = [run.metrics.get(when) or {} for _, run in runs]

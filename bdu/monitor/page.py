@@ -28,6 +28,7 @@ th, td { text-align: left; padding: .4rem .6rem; border-bottom: 1px solid var(--
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums;
   white-space: nowrap; }
 td.words { text-align: right; }
+.wide th[scope="row"] { position: sticky; left: 0; background: var(--paper); }
 td.bar { width: 40%; min-width: 6rem; } td.bar span { display: block; height: .7rem;
   background: var(--blue); }
 td.said { white-space: pre-wrap; overflow-wrap: anywhere; vertical-align: top;
@@ -37,7 +38,8 @@ td.picture small { display: block; text-align: center; line-height: 1.2; }
 td.picture img { display: block; width: min(96px, 19vw); image-rendering: pixelated; }
 table.pictures { width: auto; } table.pictures th { border: 0; font-weight: normal;
   font-size: .85rem; }
-pre { overflow-x: auto; border: 1px solid var(--line); padding: .75rem; font-size: .85rem; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid var(--line);
+  padding: .75rem; font-size: .85rem; }
 summary h2 { display: inline; } details { margin-top: 2rem; }
 @media (max-width: 40rem) { th, td { padding: .35rem .3rem; } td.picture { padding: .1rem; }
   td.bar { min-width: 2rem; } th code { overflow-wrap: anywhere; } }

@@ -12,6 +12,11 @@ import yaml
 
 from bdu.runs import STARTED_IN, RunDirectory
 
+_PATHS = (
+    *("data", "checkpoint", "clean", "triggered", "eval_data", "retune_data", "trigger"),
+    "surrogate",
+)
+
 
 @dataclass(frozen=True)
 class Record:
@@ -84,6 +89,13 @@ class Record:
         """What the model is given: "images", or of a language model "prompts"."""
         answers = self.directory.path / "answers.jsonl"
         return "prompts" if self.config.get("task") == "lm" or answers.exists() else "images"
+
+    @property
+    def has_relative_paths(self) -> bool:
+        """Whether its settings hold only where it was started, as of earlier versions."""
+        paths = [self.config.get(key) for key in _PATHS]
+        paths += [v for v in (self.config.get("attack"),) if str(v).endswith(".json")]
+        return any(path and not Path(str(path)).is_absolute() for path in paths)
 
     def again(self) -> str:
         """What to type to have the run once more, with its settings from its own config.yaml."""

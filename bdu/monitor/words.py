@@ -140,7 +140,7 @@ def to_go_on(run: Record) -> str:
 
 def where(run: Record) -> str:
     """The folder to type a command of a run in, where that matters."""
-    if run.started_in:
+    if run.started_in or not run.has_relative_paths:
         return ""
     return " Its paths are those of the folder it was started in: type it there."
 
