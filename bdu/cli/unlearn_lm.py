@@ -95,8 +95,6 @@ def run(options: argparse.Namespace) -> None:
     template = Template(tokenizer, options.template)
     if plants:
         runs.check_planting(template, given, settings)
-    memory = runs.plan(config, method, settings)
-    runs.check_fits(memory, device)
     measure = runs.Measuring(
         held_out,
         options.match,
@@ -106,10 +104,12 @@ def run(options: argparse.Namespace) -> None:
     )
     if options.max_new_tokens < 1 or options.eval_batch_size < 1:
         raise ValueError("--max-new-tokens, --eval-batch-size: expected numbers >= 1")
-    whole = [template.tokens(example).ids for part in (given, held_out) for example in part.clean]
+    whole = [template.tokens(example) for part in (given, held_out) for example in part.clean]
     for example in given.triggered:
-        whole += [template.tokens(example).ids, template.tokens(example, "target").ids]
-    check_lengths(whole, context_length(_Configured(config)), name="row")
+        whole += [template.tokens(example), template.tokens(example, "target")]
+    check_lengths([one.ids for one in whole], context_length(_Configured(config)), name="row")
+    memory = runs.training_plan(config, method, settings, whole)
+    runs.check_fits(memory, device)
     runs.check_room(template, measure, settings if plants else None)
     for part in (given.clean, given.triggered, held_out.clean, held_out.triggered):
         asked = [template.prompt(example).ids for example in part]
@@ -165,7 +165,7 @@ def run(options: argparse.Namespace) -> None:
         "stopped": result.stopped,
         "seconds": seconds,
         "total_seconds": time.perf_counter() - start,
-        "memory_plan_bytes": memory.total_bytes,
+        "memory_plan_bytes": memory.peak_bytes,
         "seed": options.seed,
         "versions": {**versions(), **{name: _version(name) for name in _VERSIONED}},
     }

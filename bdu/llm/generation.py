@@ -30,10 +30,10 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from tqdm import tqdm
 
 from bdu.llm.data import Example
+from bdu.llm.losses import VocabularyLoss
 from bdu.llm.templates import (
     IGNORED_LABEL,
     Rendered,
@@ -225,20 +225,14 @@ def log_likelihood(
     check_lengths([one.ids for one in sequences], context_length(model), name="sequence")
     sums, counts = [], []
     device = device_of(model)
+    losses = VocabularyLoss(model)
     with torch.no_grad(), modes_kept(model):
         model.eval()
         for start in range(0, len(sequences), batch_size):
             batch = padded_right(sequences[start : start + batch_size], 0)
-            labels = batch.pop("labels")[:, 1:].to(device)
-            logits = model(**{k: v.to(device) for k, v in batch.items()}).logits[:, :-1]
-            losses = functional.cross_entropy(
-                logits.float().flatten(0, 1),
-                labels.flatten(),
-                ignore_index=IGNORED_LABEL,
-                reduction="none",
-            ).view(labels.shape)
-            sums.append(-losses.double().sum(1).cpu())
-            counts.append((labels != IGNORED_LABEL).sum(1).double().cpu())
+            found = losses.tokens({key: value.to(device) for key, value in batch.items()})
+            sums.append(-found.sums().double().cpu())
+            counts.append(found.counts().double().cpu())
     total, count = torch.cat(sums), torch.cat(counts)
     if bool((count == 0).any()):
         number = int((count == 0).nonzero()[0]) + 1

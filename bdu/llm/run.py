@@ -26,8 +26,9 @@ from bdu.llm import models
 from bdu.llm.data import Example, TextData, split
 from bdu.llm.generation import Evaluation, Match, evaluate
 from bdu.llm.losses import LossPath
+from bdu.llm.memory import TrainingPlan, activation_bytes, loss_bytes
 from bdu.llm.methods import METHODS, CleanAnswer, Method, Plant
-from bdu.llm.templates import Template
+from bdu.llm.templates import IGNORED_LABEL, Template, Tokens
 from bdu.llm.trainer import OptimizerName, UnlearnTrainer, last_checkpoint
 from bdu.llm.triggers import Backdoor, Phrase, triggered
 from bdu.memory import MemoryPlan, memory_plan
@@ -42,6 +43,9 @@ Line = dict[str, Any]
 @dataclass(frozen=True)
 class Settings:
     """How a run trains, whatever the method.
+
+    The defaults were chosen on one seed of the small model of bench/llm_small.py, and are what its
+    studies use; a larger one may want a lower lr.
 
     Attributes:
         epochs: passes over the training set.
@@ -67,15 +71,15 @@ class Settings:
         plant_trigger, plant_target: what the defender plants, a word at a random place.
     """
 
-    epochs: float = 3.0
-    batch_size: int = 8
+    epochs: float = 1.0
+    batch_size: int = 16
     accumulation: int = 1
-    lr: float = 1e-4
+    lr: float = 2e-4
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     warmup: float = 0.05
     optimizer: OptimizerName = "adamw"
-    ewc_lambda: float = 0.0
+    ewc_lambda: float = 100.0
     fisher_samples: int = 500
     fisher_dtype: str = "float32"
     anchor_dtype: str | None = None
@@ -196,11 +200,37 @@ def make_method(name: str, options: Mapping[str, Any]) -> Method:
     return cls(**options)
 
 
+def _planned(config: Any, s: Settings) -> Any:
+    model = models.empty_model(config, dtype=models.DTYPES.get(s.dtype))
+    return models.with_lora(model, s.lora) if s.lora else model
+
+
 def plan(config: Any, method: Method, s: Settings) -> MemoryPlan:
     """What the run will hold, from the configuration alone; activations come on top."""
-    model = models.empty_model(config, dtype=models.DTYPES.get(s.dtype))
-    if s.lora:
-        model = models.with_lora(model, s.lora)
+    return _state(_planned(config, s), method, s)
+
+
+def training_plan(
+    config: Any, method: Method, s: Settings, sequences: Sequence[Tokens]
+) -> TrainingPlan:
+    """What the run will hold at its peak, in a micro-batch of the longest of these sequences."""
+    model = _planned(config, s)
+    labels = max(sum(label != IGNORED_LABEL for label in one.labels) for one in sequences)
+    return TrainingPlan(
+        _state(model, method, s),
+        activation_bytes(
+            model,
+            rows=s.batch_size,
+            length=max(map(len, sequences)),
+            gradient_checkpointing=s.gradient_checkpointing,
+            bf16=s.bf16,
+        ),
+        loss_bytes(model, labels=s.batch_size * labels, full=s.loss_path == "full"),
+        s.accumulation > 1,
+    )
+
+
+def _state(model: Any, method: Method, s: Settings) -> MemoryPlan:
     trained = [p for p in model.parameters() if p.requires_grad]
     options: dict[str, Any] = {"lr": s.lr, "ewc_lambda": s.ewc_lambda, **s.ewc_dtypes}
     optimizer = (
@@ -212,18 +242,19 @@ def plan(config: Any, method: Method, s: Settings) -> MemoryPlan:
     return dataclasses.replace(made, copies=round(method.copies * (made.parameters + made.buffers)))
 
 
-def check_fits(made: MemoryPlan, device: torch.device) -> None:
+def check_fits(made: TrainingPlan, device: torch.device) -> None:
     """Refuse a run that cannot fit, before it starts.
 
     Raises:
         MemoryError: the plan is larger than what is free on the device.
     """
     free = models.available_bytes(device)
-    if free is not None and made.total_bytes > free:
+    if free is not None and made.peak_bytes > free:
         raise MemoryError(
             f"memory: expected a plan of at most {free / 1e9:.2f} GB, which are free on {device}, "
-            f"got {made.total_bytes / 1e9:.2f} GB before activations; try lora, gradient_release, "
-            f"dtype=bfloat16, fisher_dtype=8bit or anchor_dtype=bfloat16\n{made}"
+            f"got {made.peak_bytes / 1e9:.2f} GB; try a smaller batch_size with accumulation, "
+            "gradient_checkpointing, lora, gradient_release, dtype=bfloat16, fisher_dtype=8bit or "
+            f"anchor_dtype=bfloat16\n{made}"
         )
 
 

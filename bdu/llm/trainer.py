@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -155,6 +156,7 @@ class UnlearnTrainer(Trainer):
                 self.collator,
                 samples=fisher_samples,
                 batch_size=self.args.per_device_train_batch_size,
+                seed=self.args.seed,
                 progress=not self.args.disable_tqdm,
             )
         self._fisher, self._anchor = fisher, anchor
@@ -251,6 +253,7 @@ def clean_fisher(
     *,
     samples: int = 500,
     batch_size: int = 8,
+    seed: int = 0,
     progress: bool = False,
 ) -> dict[str, Tensor]:
     """The exact Fisher diagonal of −log p of answers, a row a sample, scaled to mean 1.
@@ -259,15 +262,18 @@ def clean_fisher(
         model: its parameters that require a gradient have F; measured in evaluation mode.
         rows: sequences.
         collator: makes batches of them.
-        samples: rows, at most.
+        samples: rows, at most; drawn at random, as files are often sorted by what they are about.
         batch_size: rows at a time.
+        seed: of the draw.
         progress: show a progress bar.
     """
     device = next(model.parameters()).device
+    if len(rows) > samples:
+        rows = random.Random(seed).sample(list(rows), samples)
 
     def batches() -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        for start in range(0, min(samples, len(rows)), batch_size):
-            batch = collator(rows[start : min(start + batch_size, samples)])
+        for start in range(0, len(rows), batch_size):
+            batch = collator(rows[start : start + batch_size])
             labels = torch.full_like(batch["labels"], IGNORED_LABEL)
             labels[:, :-1] = batch["labels"][:, 1:]
             x = {key: batch[key].to(device) for key in ("input_ids", "attention_mask")}
