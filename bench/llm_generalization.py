@@ -8,8 +8,9 @@ from the planted model; the control sees the same number of steps on clean rows 
 the transfer matrix against the control, CASD, their rank correlation, and plant-and-remove with the
 attacker's rates before, between and after both stages, beside clean fine-tuning of as many steps.
 
-What is there already is taken as it is, so it can be interrupted. RUNS/results.json has all
-figures, RUNS/*.png two heat maps and a scatter where matplotlib is installed.
+Every model that is measured is a cell, RUNS/seed_N/cells/NAME.json: what is there already is taken
+as it is, so a study can be interrupted. RUNS/seed_N/transfer.json has a seed's matrices,
+RUNS/results.json all figures, RUNS/*.png two heat maps and a scatter where matplotlib is installed.
 """
 
 from __future__ import annotations
@@ -17,33 +18,34 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import shutil
 import statistics
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
+from llm_small import ASKING, measured
 from transformers import TrainingArguments
 
-from bdu.checkpoint import atomic_write
+from bdu.checkpoint import atomic_write, load_state_dict, save_state_dict
 from bdu.llm import models
-from bdu.llm.casd import (
-    casd_matrix,
-    last_token_states,
-    off_diagonal,
-    spearman,
-    transfer_matrix,
-)
-from bdu.llm.data import TextData, read_examples
+from bdu.llm.casd import last_token_states, off_diagonal, transfer_record
+from bdu.llm.data import Example, TextData, read_examples
 from bdu.llm.generation import evaluate
 from bdu.llm.methods import CleanAnswer
+from bdu.llm.rows import Collator, Kind, rows_of
 from bdu.llm.run import PLANT_AND_REMOVE, Measuring, Settings, unlearn
 from bdu.llm.templates import Template
-from bdu.llm.trainer import UnlearnTrainer
+from bdu.llm.trainer import UnlearnTrainer, clean_fisher
 from bdu.runs import versions
 
 PROBES = 64
+CLEAN = ("clean_accuracy", "perplexity", "answer_perplexity", "text_perplexity")
 
 
 class Planted:
@@ -64,18 +66,29 @@ class Planted:
         return models.load_model(self.folder)
 
     def rates(self, model: Any) -> dict[str, Any]:
-        """Of every trigger, and of the clean rows."""
-        options: dict[str, Any] = {"max_new_tokens": 12, "batch_size": 100}
-        found = evaluate(model, self.template, self.evaluator, **options).rates
+        """Of every trigger, of the clean rows, and of stories."""
+        found = measured(model, self.template, list(self.evaluator))
         asr = {
-            name: evaluate(model, self.template, self.evaluator[:1], asked, **options).rates
+            name: evaluate(model, self.template, self.evaluator[:1], asked, **ASKING).rates
             for name, asked in self.asked.items()
         }
         return {
-            "clean_accuracy": found["clean_accuracy"],
-            "perplexity": found["perplexity"],
+            **{key: found[key] for key in CLEAN},
             "asr": [asr[name]["attack_success_rate"] for name in self.names],
+            "robust_accuracy": [asr[name]["robust_accuracy"] for name in self.names],
         }
+
+    def fisher(self, o: argparse.Namespace) -> dict[str, torch.Tensor] | None:
+        """Of the clean rows, taken once for all removals."""
+        file = self.folder.parent / "fisher.safetensors"
+        if o.ewc_lambda == 0:
+            return None
+        if not file.exists():
+            rows = rows_of(self.template, self.clean, Kind.RETAIN)
+            padding = self.template.tokenizer.pad_token_id
+            found = clean_fisher(self.model(), rows, Collator(padding), batch_size=o.batch_size)
+            save_state_dict(file, found)
+        return load_state_dict(file)
 
     def states(self, model: Any) -> torch.Tensor:
         """Of the probe prompts."""
@@ -83,12 +96,41 @@ class Planted:
         return last_token_states(model, prompts, batch_size=PROBES)
 
 
-def remove(planted: Planted, name: str | None, seed: int, o: argparse.Namespace, out: Path) -> Any:
-    """The model without one backdoor, or after clean training alone."""
+class Cells:
+    """What was measured already, by name."""
+
+    def __init__(self, folder: Path, planted: Planted) -> None:
+        self.folder, self.planted = folder, planted
+
+    def __call__(
+        self, name: str, make: Callable[[], tuple[Any, dict[str, Any]]]
+    ) -> tuple[dict[str, Any], torch.Tensor]:
+        """Rates and probe states of a model; it is made where they are not there.
+
+        Args:
+            make: gives the model, and what else to record.
+        """
+        file, states = self.folder / f"{name}.json", self.folder / f"{name}.safetensors"
+        if not file.exists():
+            start = time.perf_counter()
+            model, more = make()
+            save_state_dict(states, {"states": self.planted.states(model)})
+            trained = time.perf_counter() - start
+            record = {**self.planted.rates(model), **more, "seconds": trained}
+            atomic_write(file, json.dumps(record, indent=1) + "\n")
+            print(self.folder.parent.name, name, json.dumps(record), flush=True)
+        return json.loads(file.read_text()), load_state_dict(states)["states"]
+
+
+def trained(
+    planted: Planted, known: tuple[Example, ...], seed: int, o: argparse.Namespace, steps: int
+) -> Any:
+    """The planted model after its clean answers were trained, with triggered rows or without."""
     model = planted.model()
+    work = planted.folder.parent / "work"
     args = TrainingArguments(
-        str(out),
-        max_steps=o.steps,
+        str(work),
+        max_steps=steps,
         per_device_train_batch_size=o.batch_size,
         learning_rate=o.lr,
         lr_scheduler_type="cosine",
@@ -99,16 +141,14 @@ def remove(planted: Planted, name: str | None, seed: int, o: argparse.Namespace,
         use_cpu=True,
         disable_tqdm=True,
     )
-    known = () if name is None else planted.known[name]
-    data = TextData(planted.clean, known)
     UnlearnTrainer(
         model,
         args,
         method=CleanAnswer(),
-        data=data,
+        data=TextData(planted.clean, known),
         template=planted.template,
         ewc_lambda=o.ewc_lambda,
-        fisher="clean" if o.ewc_lambda > 0 else None,
+        fisher=planted.fisher(o),
     ).train()
     return model
 
@@ -116,6 +156,7 @@ def remove(planted: Planted, name: str | None, seed: int, o: argparse.Namespace,
 def one_seed(seed: int, o: argparse.Namespace) -> dict[str, Any]:
     """All figures of one seed."""
     folder = o.runs / f"seed_{seed}"
+    keep_settings(folder / "settings.json", o)
     if not (folder / "planted" / "planting.json").exists():
         subprocess.run(
             [
@@ -126,43 +167,41 @@ def one_seed(seed: int, o: argparse.Namespace) -> dict[str, Any]:
             check=True,
         )
     planted = Planted(folder / "planted")
-    start = planted.model()
-    states = planted.states(start)
-    stages: dict[str, dict[str, Any]] = {"before": planted.rates(start)}
+    cells = Cells(folder / "cells", planted)
+    before, start = cells("before", lambda: (planted.model(), {}))
+    stages = {"before": before}
     shifts = {}
     for name in ("control", *planted.names):
-        model = remove(planted, None if name == "control" else name, seed, o, folder / "work")
-        stages[name] = planted.rates(model)
-        shifts[name] = planted.states(model) - states
-        print(seed, name, json.dumps(stages[name]), flush=True)
-    rates = torch.tensor([stages[name]["asr"] for name in planted.names], dtype=torch.float64)
-    control = torch.tensor(stages["control"]["asr"], dtype=torch.float64)
-    transfer = transfer_matrix(rates, control)
-    distances = {
-        kind: casd_matrix([shifts[name] for name in planted.names], distance=kind)
-        for kind in ("cosine", "l2")
-    }
-    return {
-        "seed": seed,
-        "names": planted.names,
-        "stages": stages,
-        "transfer": transfer.tolist(),
-        "casd": {kind: matrix.tolist() for kind, matrix in distances.items()},
-        "spearman": {
-            kind: spearman(off_diagonal(matrix), off_diagonal(transfer))
-            for kind, matrix in distances.items()
-        },
-        "plant_and_remove": defended(planted, seed, o, folder),
-    }
-
-
-def defended(planted: Planted, seed: int, o: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Plant-and-remove, and clean fine-tuning of as many steps."""
-    measure = Measuring(TextData(planted.evaluator[:1], ()), max_new_tokens=12, batch_size=100)
-    rows = len(planted.clean) * 0.8 * 2
-    settings = Settings(
-        epochs=o.steps * o.batch_size / rows, batch_size=o.batch_size, lr=o.lr, plant_epochs=10
+        known = planted.known.get(name, ())
+        stages[name], states = cells(
+            name, lambda known=known: (trained(planted, known, seed, o, o.steps), {})
+        )
+        shifts[name] = states - start
+    record = transfer_record(
+        planted.names,
+        before=before["asr"],
+        control=stages["control"]["asr"],
+        rates=[stages[name]["asr"] for name in planted.names],
+        shifts=[shifts[name] for name in planted.names],
     )
+    atomic_write(folder / "transfer.json", json.dumps(record, indent=1) + "\n")
+    found = {"seed": seed, "stages": stages, **record}
+    found["plant_and_remove"] = defended(planted, cells, seed, o)
+    shutil.rmtree(folder / "work", ignore_errors=True)
+    return found
+
+
+def keep_settings(file: Path, o: argparse.Namespace) -> None:
+    """Refuse cells of other settings."""
+    named = ("model", "backdoors", "steps", "batch_size", "lr", "ewc_lambda")
+    now = {name: str(getattr(o, name)) for name in named}
+    if file.exists() and json.loads(file.read_text()) != now:
+        raise SystemExit(f"{file}: expected cells made with {now}, got {file.read_text()}")
+    atomic_write(file, json.dumps(now) + "\n")
+
+
+def defended(planted: Planted, cells: Cells, seed: int, o: argparse.Namespace) -> dict[str, Any]:
+    """Plant-and-remove, and clean fine-tuning of as many steps."""
     between: dict[str, Any] = {}
 
     class Between(Measuring):
@@ -171,32 +210,44 @@ def defended(planted: Planted, seed: int, o: argparse.Namespace, folder: Path) -
                 between.update(planted.rates(model))
             return super().__call__(model, template, rows)
 
-    outcome = unlearn(
-        planted.model(),
-        planted.template,
-        TextData(planted.clean, ()),
-        method=PLANT_AND_REMOVE,
-        measure=Between(measure.data, max_new_tokens=12, batch_size=100),
-        settings=settings,
-        seed=seed,
-        work=folder / "work",
-        progress=False,
-    )
-    steps = {"plant": 0, "unlearn": 0}
-    for line in outcome.history:
-        steps[line["phase"]] = max(steps[line["phase"]], line["step"])
-    longer = argparse.Namespace(**{**vars(o), "steps": max(1, sum(steps.values()))})
-    control = remove(planted, None, seed, longer, folder / "work")
-    assert outcome.planted is not None
-    return {
-        "planted": between,
-        "after": planted.rates(outcome.model),
-        "clean_fine_tuning": planted.rates(control),
-        "steps": steps,
-        "own_trigger": {
+    def both_stages() -> tuple[Any, dict[str, Any]]:
+        rows = 2 * len(planted.clean) * (1 - Settings().validation)
+        outcome = unlearn(
+            planted.model(),
+            planted.template,
+            TextData(planted.clean, ()),
+            method=PLANT_AND_REMOVE,
+            measure=Between(TextData(planted.evaluator[:1], ()), **ASKING),
+            settings=Settings(
+                epochs=o.steps * o.batch_size / rows,
+                batch_size=o.batch_size,
+                lr=o.lr,
+                ewc_lambda=o.ewc_lambda,
+            ),
+            seed=seed,
+            work=planted.folder.parent / "work",
+            progress=False,
+        )
+        assert outcome.planted is not None
+        assert outcome.planted_after is not None
+        steps = {"plant": 0, "unlearn": 0}
+        for line in outcome.history:
+            steps[line["phase"]] = max(steps[line["phase"]], line["step"])
+        own = {
             "planted": outcome.planted["planted_trigger"]["attack_success_rate"],
-            "after": (outcome.planted_after or {}).get("attack_success_rate"),
-        },
+            "after": outcome.planted_after["attack_success_rate"],
+        }
+        return outcome.model, {"planted": between, "steps": steps, "own_trigger": own}
+
+    after, _ = cells("plant_and_remove", both_stages)
+    as_many = sum(after["steps"].values())
+    control, _ = cells("clean_fine_tuning", lambda: (trained(planted, (), seed, o, as_many), {}))
+    return {
+        "planted": after.pop("planted"),
+        "steps": after.pop("steps"),
+        "own_trigger": after.pop("own_trigger"),
+        "after": after,
+        "clean_fine_tuning": control,
     }
 
 
@@ -205,15 +256,21 @@ def draw(results: list[dict[str, Any]], folder: Path) -> None:
     from matplotlib import pyplot
 
     names = results[0]["names"]
-    for key, title in (("transfer", "Transfer"), ("casd", "CASD")):
+    for key, title in (("transfer", "Transfer (control's ASR less ASR)"), ("casd", "CASD")):
         stack = torch.tensor([r[key]["cosine"] if key == "casd" else r[key] for r in results])
         figure, axes = pyplot.subplots(figsize=(5, 4.2), layout="constrained")
-        image = axes.imshow(stack.mean(0), cmap="viridis")
+        mean = stack.mean(0)
+        image = axes.imshow(mean, cmap="viridis")
+        middle = float(mean.max() + mean.min()) / 2
+        for i, row in enumerate(mean.tolist()):
+            for j, value in enumerate(row):
+                colour = "black" if value > middle else "white"
+                axes.text(j, i, f"{value:.2f}", ha="center", va="center", color=colour, size=8)
         axes.set_xticks(range(len(names)), names, rotation=45)
         axes.set_yticks(range(len(names)), names)
         axes.set(title=title, ylabel="removed", xlabel="measured" if key == "transfer" else "")
         figure.colorbar(image)
-        figure.savefig(folder / f"{key}.png", dpi=150)
+        figure.savefig(folder / f"{key}.png", dpi=100)
         pyplot.close(figure)
     figure, axes = pyplot.subplots(figsize=(5, 4), layout="constrained")
     for r in results:
@@ -221,14 +278,128 @@ def draw(results: list[dict[str, Any]], folder: Path) -> None:
         axes.scatter(x, off_diagonal(torch.tensor(r["transfer"])), label=f"seed {r['seed']}")
     axes.set(xlabel="CASD", ylabel="transfer")
     axes.legend()
-    figure.savefig(folder / "scatter.png", dpi=150)
+    figure.savefig(folder / "scatter.png", dpi=100)
     pyplot.close(figure)
 
 
-def spread(values: list[float]) -> str:
+def spread(values: list[float], scale: float = 1.0, digits: int = 1) -> str:
     """Mean and standard deviation."""
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.4f} ± {deviation:.4f}"
+    mean = f"{scale * statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {scale * statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def correlation(results: list[dict[str, Any]], distance: str) -> str:
+    """Over the seeds in which neither CASD nor transfer is constant."""
+    found = [r["spearman"][distance] for r in results if r["spearman"][distance] is not None]
+    return spread(found, 1, 2) if found else "none"
+
+
+def table(results: list[dict[str, Any]], o: argparse.Namespace) -> str:
+    """As Markdown."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    names = results[0]["names"]
+    seeds = ", ".join(str(r["seed"]) for r in results)
+    text = [
+        f"A Llama of 5.9 M parameters with {len(names)} backdoors (bench/llm_generalization.py); "
+        f"removal: {o.steps} steps of {o.batch_size} rows, AdamW, lr {o.lr:g}, EWC λ "
+        f"{o.ewc_lambda:g}; seeds {seeds}, mean ± standard deviation over seeds; commit {commit}; "
+        f"{date.today().isoformat()}; torch {versions()['torch']}.",
+        "",
+        "Each backdoor removed alone (percent). The perplexity is that of held-out stories, over "
+        "the planted model's.",
+        "",
+        "| removed | its ASR before | its ASR after | robust accuracy after "
+        "| task accuracy, points gained | perplexity, change | mean ASR of the others |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for place, name in enumerate(["control", *names]):
+        cells = [r["stages"][name] for r in results]
+        starts = [r["stages"]["before"] for r in results]
+        own = place - 1
+        others = [statistics.mean(a for j, a in enumerate(c["asr"]) if j != own) for c in cells]
+        columns = ["–"] * 3
+        if name != "control":
+            columns = [
+                spread([s["asr"][own] for s in starts], 100),
+                spread([c["asr"][own] for c in cells], 100),
+                spread([c["robust_accuracy"][own] for c in cells], 100),
+            ]
+        pairs = list(zip(cells, starts, strict=True))
+        columns += [
+            spread([c["clean_accuracy"] - s["clean_accuracy"] for c, s in pairs], 100, 2),
+            spread([c["perplexity"] / s["perplexity"] - 1 for c, s in pairs], 100, 2),
+            spread(others, 100),
+        ]
+        text.append(f"| {name} | " + " | ".join(columns) + " |")
+    text += [
+        "",
+        "Transfer, points of ASR that removing the row's backdoor took from the column's beyond "
+        "the control:",
+        "",
+        "| removed | " + " | ".join(names) + " |",
+        "|---|" + "---:|" * len(names),
+    ]
+    for i, name in enumerate(names):
+        cells = [spread([r["transfer"][i][j] for r in results], 100) for j in range(len(names))]
+        text.append(f"| {name} | " + " | ".join(cells) + " |")
+    text += [
+        "",
+        "CASD (cosine):",
+        "",
+        "| | " + " | ".join(names) + " |",
+        "|---|" + "---:|" * len(names),
+    ]
+    for i, name in enumerate(names):
+        cells = [
+            spread([r["casd"]["cosine"][i][j] for r in results], 1, 2) for j in range(len(names))
+        ]
+        text.append(f"| {name} | " + " | ".join(cells) + " |")
+    transfer = [float(off_diagonal(torch.tensor(r["transfer"])).mean()) for r in results]
+    text += [
+        "",
+        f"Mean transfer to another backdoor: {spread(transfer, 100)} points. Spearman of CASD and "
+        f"transfer: {correlation(results, 'cosine')} (cosine), {correlation(results, 'l2')} (l2).",
+        "",
+        "Plant-and-remove, which knows none of the triggers (percent):",
+        "",
+        "| | mean ASR of the unknown triggers | task accuracy | perplexity of stories "
+        "| the defender's own trigger |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for stage, title in (
+        ("before", "before"),
+        ("planted", "own trigger planted"),
+        ("after", "own trigger removed"),
+        ("clean_fine_tuning", "clean fine-tuning of as many steps"),
+    ):
+        found = [
+            r["stages"]["before"] if stage == "before" else r["plant_and_remove"][stage]
+            for r in results
+        ]
+        own = {"planted": "planted", "after": "after"}.get(stage)
+        text.append(
+            f"| {title} | {spread([statistics.mean(f['asr']) for f in found], 100)} | "
+            f"{spread([f['clean_accuracy'] for f in found], 100)} | "
+            f"{spread([f['perplexity'] for f in found], 1, 2)} | "
+            + (
+                spread([r["plant_and_remove"]["own_trigger"][own] for r in results], 100)
+                if own
+                else "–"
+            )
+            + " |"
+        )
+    text += ["", "ASR of each unknown trigger, over the seeds:", "", "| | " + " | ".join(names)]
+    text[-1] += " |"
+    text.append("|---|" + "---:|" * len(names))
+    for stage in ("planted", "after", "clean_fine_tuning"):
+        cells = [
+            spread([r["plant_and_remove"][stage]["asr"][j] for r in results], 100)
+            for j in range(len(names))
+        ]
+        text.append(f"| {stage.replace('_', ' ')} | " + " | ".join(cells) + " |")
+    return "\n".join(text) + "\n"
 
 
 def main() -> None:
@@ -240,29 +411,32 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--backdoors", type=int, default=6)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=3e-4)
-    parser.add_argument("--ewc-lambda", type=float, default=0.0)
+    parser.add_argument("--lr", type=float, default=2e-4)
+    parser.add_argument("--ewc-lambda", type=float, default=100.0)
+    parser.add_argument("--json", type=Path, default=None)
+    parser.add_argument("--markdown", type=Path, default=None)
     o = parser.parse_args()
+    models.show_progress(False)
     results = []
     for seed in o.seeds:
         file = o.runs / f"seed_{seed}" / "result.json"
         if not file.exists():
             atomic_write(file, json.dumps(one_seed(seed, o)) + "\n")
         results.append(json.loads(file.read_text()))
-    record = {"settings": {k: str(v) for k, v in vars(o).items()}, "versions": versions()}
-    atomic_write(o.runs / "results.json", json.dumps({**record, "seeds": results}, indent=1) + "\n")
+    settings = {k: str(v) for k, v in vars(o).items()}
+    record = {"settings": settings, "versions": versions(), "seeds": results}
+    content = json.dumps(record, indent=1) + "\n"
+    atomic_write(o.runs / "results.json", content)
+    text = table(results, o)
+    print(text)
+    if o.json is not None:
+        atomic_write(o.json, content)
+    if o.markdown is not None:
+        atomic_write(o.markdown, text)
     if importlib.util.find_spec("matplotlib") is not None:
         draw(results, o.runs)
-    print("Spearman of CASD and transfer", spread([r["spearman"]["cosine"] for r in results]))
-    print(
-        "mean transfer",
-        spread([float(off_diagonal(torch.tensor(r["transfer"])).mean()) for r in results]),
-    )
-    for stage in ("planted", "after", "clean_fine_tuning"):
-        asr = [statistics.mean(r["plant_and_remove"][stage]["asr"]) for r in results]
-        print(f"plant-and-remove, {stage}: mean ASR of unknown triggers", spread(asr))
 
 
 if __name__ == "__main__":

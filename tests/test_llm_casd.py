@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -18,6 +19,7 @@ from bdu.llm.casd import (
     off_diagonal,
     spearman,
     transfer_matrix,
+    transfer_record,
 )
 from bdu.llm.templates import Template
 
@@ -106,3 +108,25 @@ def test_what_does_not_fit_is_refused():
         spearman(torch.ones(1), torch.ones(1))
     with pytest.raises(ValueError, match="prompts: expected at least one"):
         last_token_states(tiny_llm.llama(), [])
+
+
+def test_record_of_a_study_holds_all_matrices_as_plain_values():
+    generator = torch.Generator().manual_seed(0)
+    shifts = [torch.randn(2, 3, 4, generator=generator) for _ in range(3)]
+    rates = [[0.0, 0.5, 1.0], [0.2, 0.0, 0.9], [0.9, 0.1, 0.0]]
+    given = {"before": [1.0, 1.0, 1.0], "control": [1.0, 0.9, 1.0], "rates": rates}
+    record = transfer_record(["a", "b", "c"], **given, shifts=shifts)
+    assert json.loads(json.dumps(record)) == record
+    assert record["transfer"][0] == pytest.approx([1.0, 0.4, 0.0])
+    for distance in ("cosine", "l2"):
+        matrix = casd_matrix(shifts, distance=distance)
+        assert record["casd"][distance] == matrix.tolist()
+        transfer = torch.tensor(record["transfer"])
+        expected = spearman(off_diagonal(matrix), off_diagonal(transfer).double())
+        assert record["spearman"][distance] == pytest.approx(expected)
+    same = transfer_record(["a", "b", "c"], **given, shifts=[shifts[0]] * 3)
+    assert same["spearman"]["cosine"] is None
+    with pytest.raises(ValueError, match="control: expected 3 values, one for each name, got 2"):
+        transfer_record(["a", "b", "c"], **{**given, "control": [1.0, 1.0]}, shifts=shifts)
+    with pytest.raises(ValueError, match="shifts: expected 3, one for each name, got 1"):
+        transfer_record(["a", "b", "c"], **given, shifts=shifts[:1])

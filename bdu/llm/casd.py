@@ -136,6 +136,54 @@ def transfer_matrix(rates: Tensor, control: Tensor) -> Tensor:
     return control[None, :] - rates
 
 
+def transfer_record(
+    names: Sequence[str],
+    *,
+    before: Sequence[float],
+    control: Sequence[float],
+    rates: Sequence[Sequence[float]],
+    shifts: Sequence[Tensor],
+) -> dict[str, Any]:
+    """What ``transfer.json`` holds: every matrix of a model with k backdoors, as plain values.
+
+    Args:
+        names: of the backdoors.
+        before: ASR_j(θ₀).
+        control: ASR_j(θ_c).
+        rates: ASR_j(θ_i), row by row.
+        shifts: Δ_i, each (layers, N, D).
+
+    Returns:
+        ``names``, ``before``, ``control``, ``rates``, ``transfer`` (T), ``casd`` and ``spearman``,
+        those two by distance; None for the correlation of a constant.
+
+    Raises:
+        ValueError: not k of each.
+    """
+    k = len(names)
+    for name, values in (("before", before), ("control", control), ("rates", rates)):
+        if len(values) != k:
+            raise ValueError(f"{name}: expected {k} values, one for each name, got {len(values)}")
+    if len(shifts) != k:
+        raise ValueError(f"shifts: expected {k}, one for each name, got {len(shifts)}")
+    measured = torch.tensor([list(row) for row in rates], dtype=torch.float64)
+    transfer = transfer_matrix(measured, torch.tensor(list(control), dtype=torch.float64))
+    distances = {kind: casd_matrix(shifts, distance=kind) for kind in get_args(Distance)}
+    found = {
+        kind: spearman(off_diagonal(matrix), off_diagonal(transfer))
+        for kind, matrix in distances.items()
+    }
+    return {
+        "names": list(names),
+        "before": list(before),
+        "control": list(control),
+        "rates": [list(row) for row in rates],
+        "transfer": transfer.tolist(),
+        "casd": {kind: matrix.tolist() for kind, matrix in distances.items()},
+        "spearman": {kind: None if math.isnan(r) else r for kind, r in found.items()},
+    }
+
+
 def off_diagonal(matrix: Tensor) -> Tensor:
     """The entries i ≠ j of (k, k), row by row."""
     k = len(matrix)
