@@ -17,7 +17,7 @@ from bdu.attacks.trigger import triggered_like
 from bdu.cli.demo import digits
 from bdu.data import as_unit_float, split_indices
 from bdu.defenses import bi_bau, finetuning, fst, i_bau, inversion, pam, sau, tbar, tsbd, ulrl
-from bdu.defenses.course import Course, Running, Shared, check_numbers, read_options
+from bdu.defenses.course import Course, Distilled, Running, Shared, check_numbers, read_options
 from bdu.defenses.head import deviations, head_of, row_changes
 from bdu.defenses.inversion import Inversion, Inverted, TriggerOperator, invert_trigger
 from bdu.defenses.protocol import DefenderData, Samples
@@ -212,6 +212,34 @@ def test_batches_hold_every_sample_once_and_never_one_alone(planted):
     assert sizes == [16, 17]
     seen = torch.cat([batch.y for batch in course.batches(clean, 16)])
     assert torch.equal(seen.sort().values, clean.y.sort().values)
+
+
+def test_the_clean_loss_is_cross_entropy_and_divergence_from_the_suspect(planted):
+    course = Course("x", planted.model, planted.data(), Distilled(), Running(0, progress=False))
+    images, y = as_unit_float(planted.clean[0][:6]), planted.clean[1][:6]
+    logits = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        p = (planted.model.eval()(images).double() / 2).softmax(1)
+    q = (logits.double() / 2).softmax(1)
+    entropy = -logits.double().log_softmax(1)[torch.arange(6), y].mean()
+    divergence = 4 * (p * (p / q).log()).sum(1).mean()
+    for share in (0.0, 0.25, 1.0):
+        wanted = (1 - share) * entropy + share * divergence
+        found = course.clean_loss(logits, images, y, share)
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("method", ["fine-tuning", "ulrl", "fst", "tsbd", "bi-bau"])
+@pytest.mark.filterwarnings("ignore:ulrl")
+def test_distillation_holds_the_student_to_what_the_suspect_says(planted, method):
+    plain, held = (
+        planted.unlearn(method, distillation=share, augment=False) for share in (0.0, 1.0)
+    )
+    images = as_unit_float(planted.data().clean.x)
+    with torch.no_grad():
+        suspect = planted.model.eval()(images).softmax(1)
+        away = [(r.model(images).softmax(1) - suspect).abs().mean() for r in (plain, held)]
+    assert away[1] < away[0]
 
 
 def test_what_was_made_once_is_not_made_again(planted):

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bdu.defenses.course import Course, Shared, check_numbers, cosine, read_options
+from bdu.defenses.course import Course, Distilled, check_numbers, cosine, read_options
 from bdu.defenses.inversion import Inversion, Inverted, invert_trigger
 from bdu.defenses.protocol import DefenderData, Result
 
@@ -37,7 +37,7 @@ NAME = "bi-bau"
 
 
 @dataclass(frozen=True)
-class Settings(Shared):
+class Settings(Distilled):
     """The knobs of BI-BAU.
 
     Attributes:
@@ -47,8 +47,6 @@ class Settings(Shared):
         inner_steps, inner_lr, radius: K signed steps on δ_i, their size, and ε, for pixels in
             [0, 1].
         adversarial_weight: of CE(f(x̃), y), ≥ 0.
-        distillation: share of the clean loss that is the divergence from the suspect model on clean
-            images, in [0, 1]; 0 is our reading of the paper, more is ours.
         lr, momentum, weight_decay: of SGD; lr falls as a cosine over the whole run.
         batch_size: samples a step.
         train_batch_norm: whether batch norm takes the statistics of clean batches meanwhile.
@@ -61,7 +59,6 @@ class Settings(Shared):
     inner_lr: float = 2 / 255
     radius: float = 4 / 255
     adversarial_weight: float = 1.0
-    distillation: float = 0.0
     lr: float = 1e-2
     momentum: float = 0.9
     weight_decay: float = 5e-4
@@ -71,7 +68,7 @@ class Settings(Shared):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_numbers(self, counts=("rounds", "epochs", "inversion_steps", "batch_size"))
-        check_numbers(self, positive=("lr",), shares=("distillation",))
+        check_numbers(self, positive=("lr",))
         at_least_zero = ("inner_steps", "inner_lr", "radius", "adversarial_weight")
         check_numbers(self, at_least_zero=(*at_least_zero, "momentum", "weight_decay"))
 
@@ -92,7 +89,7 @@ def run(model: nn.Module, data: DefenderData, **options: Any) -> Result:
             images = course.images(batch)
             moved = _examples(course, found, images, batch.y, s)
             logits = course.student(torch.cat([images, moved[0]]))
-            loss = _clean_loss(course, logits[: len(images)], images, batch.y, s)
+            loss = course.clean_loss(logits[: len(images)], images, batch.y, s.distillation)
             if len(moved[0]):
                 wrong = functional.cross_entropy(logits[len(images) :], moved[1], reduction="sum")
                 loss = loss + s.adversarial_weight * wrong / len(images)
@@ -133,18 +130,3 @@ def _examples(
         called = course.before(moved).argmax(1)
     kept = (called == wanted) & (wanted != y)
     return moved[kept], y[kept]
-
-
-def _clean_loss(course: Course, logits: Tensor, images: Tensor, y: Tensor, s: Settings) -> Tensor:
-    loss = functional.cross_entropy(logits, y)
-    if s.distillation == 0:
-        return loss
-    with torch.no_grad():
-        before = course.before(images)
-    divergence = functional.kl_div(
-        functional.log_softmax(logits / 2, 1),
-        functional.log_softmax(before / 2, 1),
-        log_target=True,
-        reduction="batchmean",
-    )
-    return (1 - s.distillation) * loss + s.distillation * 4 * divergence

@@ -18,6 +18,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from tqdm import tqdm
 
 from bdu.checkpoint import load_state, save_state
@@ -27,6 +28,8 @@ from bdu.defenses.protocol import Callback, DefenderData, Line, Result, Samples,
 from bdu.fisher import contrastive, fisher_diagonal, scale_to_unit_mean, target_log_odds
 from bdu.metrics import predict
 from bdu.optim import EWCSGD, EWCAdamW
+
+_TEMPERATURE = 2.0  # of distillation
 
 Kept = TypeVar("Kept")
 Rows = Mapping[str, Tensor]
@@ -62,6 +65,24 @@ class Shared:
     def __post_init__(self) -> None:
         check_numbers(self, counts=("fisher_samples",), shares=("clean_accuracy_floor",))
         check_numbers(self, at_least_zero=("ewc_lambda", "gamma"))
+
+
+@dataclass(frozen=True)
+class Distilled(Shared):
+    """And what those can be told that descend a loss on clean images.
+
+    Attributes:
+        distillation: share of the loss on clean images that is their divergence from what the
+            suspect model makes of them, at temperature 2, instead of cross entropy; in [0, 1]. A
+            few clean images teach a model more that way, and a trigger is on none of them. Ours; 0
+            is as published.
+    """
+
+    distillation: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_numbers(self, shares=("distillation",))
 
 
 def check_numbers(
@@ -254,6 +275,26 @@ class Course:
             padding = min(x.shape[2:]) // 8
             x = augment(x, self.generator, padding=padding, mirror=self._mirror)
         return as_unit_float(x)
+
+    def clean_loss(self, logits: Tensor, images: Tensor, y: Tensor, distillation: float) -> Tensor:
+        """(1 − d) CE(logits, y) + d T² KL(softmax of the suspect's logits / T ‖ of these / T), T 2.
+
+        Hinton et al. 2015 (arXiv:1503.02531), equation 4.
+
+        Args:
+            logits: of the student, (N, C).
+            images: that they are of, (N, C, H, W).
+            y: their labels, (N,).
+            distillation: d, in [0, 1].
+        """
+        loss = functional.cross_entropy(logits, y)
+        if distillation == 0:
+            return loss
+        with torch.no_grad():
+            suspect = functional.log_softmax(self.before(images) / _TEMPERATURE, 1)
+        own = functional.log_softmax(logits / _TEMPERATURE, 1)
+        divergence = functional.kl_div(own, suspect, log_target=True, reduction="batchmean")
+        return (1 - distillation) * loss + distillation * _TEMPERATURE**2 * divergence
 
     def sgd(self, lr: float, *, free: Rows | None = None, **more: Any) -> EWCSGD:
         """EWCSGD of the student's parameters that require a gradient.

@@ -15,16 +15,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from torch.nn import functional
 
-from bdu.defenses.course import Course, Shared, check_numbers, cosine, read_options
+from bdu.defenses.course import Course, Distilled, check_numbers, cosine, read_options
 from bdu.defenses.protocol import DefenderData, Result
 
 NAME = "fine-tuning"
 
 
 @dataclass(frozen=True)
-class Settings(Shared):
+class Settings(Distilled):
     """The knobs of plain fine-tuning.
 
     Attributes:
@@ -55,6 +54,9 @@ def run(model: nn.Module, data: DefenderData, **options: Any) -> Result:
         cosine(optimizer, s.lr, epoch, s.epochs)
         course.student.train()
         for batch in course.batches(data.clean, s.batch_size):
-            logits = course.student(course.images(batch))
-            course.step(optimizer, functional.cross_entropy(logits, batch.y))
+            images = course.images(batch)
+            course.step(
+                optimizer,
+                course.clean_loss(course.student(images), images, batch.y, s.distillation),
+            )
     return course.result()

@@ -17,10 +17,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from bdu.data import as_unit_float
-from bdu.defenses.course import Course, Shared, check_numbers, read_options
+from bdu.defenses.course import Course, Distilled, check_numbers, cosine, read_options
 from bdu.defenses.head import head_of
 from bdu.defenses.protocol import DefenderData, Result
 
@@ -28,13 +27,14 @@ NAME = "fst"
 
 
 @dataclass(frozen=True)
-class Settings(Shared):
+class Settings(Distilled):
     """The knobs of FST.
 
     Attributes:
         epochs: passes over the clean samples.
         lr, momentum, weight_decay: of SGD.
         alpha: α ≥ 0.
+        anneal: let the learning rate fall as a cosine; off is as published.
         batch_size: samples a step.
     """
 
@@ -43,6 +43,7 @@ class Settings(Shared):
     momentum: float = 0.9
     weight_decay: float = 0.0
     alpha: float = 0.1
+    anneal: bool = False
     batch_size: int = 128
 
     def __post_init__(self) -> None:
@@ -69,12 +70,14 @@ def run(model: nn.Module, data: DefenderData, **options: Any) -> Result:
     free = {f"{head}.weight": torch.arange(len(before), device=before.device)}
     optimizer = course.sgd(s.lr, free=free, momentum=s.momentum, weight_decay=s.weight_decay)
     last = s.epochs - 1  # a fresh layer has to learn first
-    for _ in course.stage("tune", s.epochs, optimizer, begin=begin, guarded_from=last):
+    for epoch in course.stage("tune", s.epochs, optimizer, begin=begin, guarded_from=last):
+        if s.anneal:
+            cosine(optimizer, s.lr, epoch, s.epochs)
         course.student.train()
         for batch in course.batches(data.clean, s.batch_size):
-            logits = course.student(course.images(batch))
-            towards = (weight * before).sum()
-            course.step(optimizer, functional.cross_entropy(logits, batch.y) + s.alpha * towards)
+            images = course.images(batch)
+            loss = course.clean_loss(course.student(images), images, batch.y, s.distillation)
+            course.step(optimizer, loss + s.alpha * (weight * before).sum())
             with torch.no_grad():
                 weight.mul_(before.norm() / weight.norm())
     return course.result()

@@ -25,14 +25,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bdu.defenses.course import Course, Shared, check_numbers, read_options
+from bdu.defenses.course import Course, Distilled, check_numbers, read_options
 from bdu.defenses.protocol import DefenderData, Result
 
 NAME = "sau"
 
 
 @dataclass(frozen=True)
-class Settings(Shared):
+class Settings(Distilled):
     """The knobs of SAU.
 
     Attributes:
@@ -77,7 +77,8 @@ def run(model: nn.Module, data: DefenderData, **options: Any) -> Result:
             moved = _shared_examples(course, images, batch.y, s)
             with torch.no_grad():
                 called, fooled = (course.before(x).argmax(1) for x in (images, moved))
-            loss = s.clean_weight * functional.cross_entropy(course.student(images), batch.y)
+            clean = course.clean_loss(course.student(images), images, batch.y, s.distillation)
+            loss = s.clean_weight * clean
             if s.adversarial_weight or s.shared_weight:
                 logits = course.student(moved)
                 loss = loss + s.adversarial_weight * functional.cross_entropy(logits, batch.y)

@@ -21,11 +21,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from bdu.data import as_unit_float
 from bdu.defenses.ascent import ascend
-from bdu.defenses.course import Course, Shared, check_numbers, cosine, read_options
+from bdu.defenses.course import Course, Distilled, check_numbers, cosine, read_options
 from bdu.defenses.head import head_of, row_changes
 from bdu.defenses.protocol import DefenderData, Result
 from bdu.ops import grad_norm
@@ -34,7 +33,7 @@ NAME = "tsbd"
 
 
 @dataclass(frozen=True)
-class Settings(Shared):
+class Settings(Distilled):
     """The knobs of TSBD.
 
     Attributes:
@@ -100,7 +99,7 @@ def run(model: nn.Module, data: DefenderData, **options: Any) -> Result:
             images = course.images(batch)
 
             def gradient(images: Tensor = images, y: Tensor = batch.y) -> tuple[Tensor, Any]:
-                loss = functional.cross_entropy(course.student(images), y)
+                loss = course.clean_loss(course.student(images), images, y, s.distillation)
                 return loss, torch.autograd.grad(loss, parameters)
 
             loss, here = gradient()

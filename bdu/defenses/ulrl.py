@@ -30,7 +30,7 @@ from torch.nn import functional
 
 from bdu.data import as_unit_float
 from bdu.defenses.ascent import ascend
-from bdu.defenses.course import Course, Shared, check_numbers, cosine, read_options
+from bdu.defenses.course import Course, Distilled, check_numbers, cosine, read_options
 from bdu.defenses.head import deviations, head_of, row_changes
 from bdu.defenses.protocol import DefenderData, Result
 
@@ -39,7 +39,7 @@ Neurons = Literal["last", "all"]
 
 
 @dataclass(frozen=True)
-class Settings(Shared):
+class Settings(Distilled):
     """The knobs of ULRL.
 
     Attributes:
@@ -106,7 +106,8 @@ def run(model: nn.Module, data: DefenderData, **options: Any) -> Result:
         cosine(optimizer, s.lr, epoch, s.relearn_epochs)
         course.student.train()
         for batch in course.batches(data.clean, s.batch_size):
-            loss = functional.cross_entropy(course.student(course.images(batch)), batch.y)
+            images = course.images(batch)
+            loss = course.clean_loss(course.student(images), images, batch.y, s.distillation)
             for name, rows in suspicious.items():
                 own, old = course.student.get_parameter(name)[rows], original[name][rows]
                 away = functional.cosine_similarity(own.flatten(1), old.flatten(1))
