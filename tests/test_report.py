@@ -162,6 +162,23 @@ def test_a_language_model_is_shown_by_what_it_says(tmp_path):
     assert page.index("With the trigger</h3>") < page.index("Without a trigger</h3>")
 
 
+def test_what_transfers_between_backdoors_is_shown(tmp_path):
+    run = make_language_run(tmp_path / "run")
+    rates = [[0.0, 0.25, 1.0], [0.5, 0.01, 0.75], [0.125, 0.0, 0.02]]
+    kept = {"names": ["<a>", "b", "c"], "before": [1, 0.99, 1], "control": [1, 0.9, 1]}
+    (run.path / "transfer.json").write_text(json.dumps({**kept, "rates": rates}))
+    page = write_report(run).read_text()
+    figures = shown(page)
+    for i, row in enumerate(rates):
+        assert [figures[f"transfer.rates.{i}.{j}"] for j in range(3)] == [
+            f"{100 * rate:.2f} %" for rate in row
+        ]
+    assert figures["transfer.before.1"] == "99.00 %"
+    assert figures["transfer.control.1"] == "90.00 %"
+    assert "&lt;a&gt; unlearned" in page
+    assert page.count('class="cell own"') == 3
+
+
 def test_page_is_whole_and_can_be_read_by_those_who_cannot_see_it(tmp_path):
     page = write_report(make_run(tmp_path / "run")).read_text()
     tags = Tags()
@@ -622,6 +639,12 @@ def test_answers_may_hold_any_character(tmp_path):
         ("config.yaml", "3", r"config\.yaml: expected settings by name, got int"),
         ("attention.npz", "PK", r"attention\.npz: expected images, mask, steps, heat"),
         ("attention.npz", "", r"attention\.npz: expected images, mask, steps, heat"),
+        ("transfer.json", "{}", r"transfer\.json: expected names, before, control and rates"),
+        (
+            "transfer.json",
+            '{"names": ["a"], "before": [1], "control": [1], "rates": [[1, 0]]}',
+            r"transfer\.json: expected 1 values in every row",
+        ),
         ("answers.jsonl", '{"stage": "after"}\n', r"answers\.jsonl: expected an answer .* line 1"),
     ],
 )

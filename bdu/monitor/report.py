@@ -21,6 +21,7 @@ from bdu.monitor.curves import chart, measured
 from bdu.monitor.page import folded, page, percent
 from bdu.monitor.panels import data_uri, outlined, overlay
 from bdu.monitor.record import Record
+from bdu.monitor.transfer import transfer_section
 from bdu.monitor.words import attention, rates_of, said, to_go_on, where
 from bdu.runs import RunDirectory
 
@@ -57,6 +58,7 @@ def write_report(directory: RunDirectory, path: Path | None = None) -> Path:
         _outcome(metrics, rates_of([run])),
         _perplexity(metrics),
         answers,
+        transfer_section(directory.path / "transfer.json"),
         _curves(run),
         _attention(directory, lines),
         _weight_change(metrics),
