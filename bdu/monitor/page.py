@@ -35,6 +35,7 @@ td.said { white-space: pre-wrap; overflow-wrap: anywhere; vertical-align: top;
   font: .85rem/1.4 ui-monospace, monospace; min-width: 9rem; }
 td.cell { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap;
   background: color-mix(in srgb, var(--blue) calc(45% * var(--share)), var(--paper)); }
+th.of { text-align: right; }
 td.own { outline: 2px solid var(--ink); outline-offset: -2px; font-weight: bold; }
 td.picture { padding: .3rem; border: 0; vertical-align: top; }
 td.picture small { display: block; text-align: center; line-height: 1.2; }

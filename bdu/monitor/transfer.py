@@ -25,7 +25,7 @@ def transfer_section(file: Path) -> str:
     if not file.exists():
         return ""
     names, before, control, rates = _read(file)
-    head = "".join(f'<th class="number" scope="col">{html.escape(name)}</th>' for name in names)
+    head = "".join(f'<th class="of" scope="col">{html.escape(name)}</th>' for name in names)
     rows = [
         _row("before", before, "before"),
         _row("clean training alone", control, "control"),
@@ -35,9 +35,9 @@ def transfer_section(file: Path) -> str:
         "<h2>What unlearning one backdoor does to the others</h2>"
         '<div class="wide"><table><thead><tr><th scope="col">ASR of</th>'
         f"{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-        '<p class="soft">A column is a trigger, a row what was done to the model; the darker, the '
-        "higher the ASR. Outlined: the trigger that was unlearned. Unlearning one transfers to "
-        "another where its ASR is lower than after clean training of equal cost.</p>"
+        '<p class="soft">A column is a trigger, a row what was done to the model; the stronger the '
+        "blue, the higher the ASR. Outlined: the trigger that was unlearned. Unlearning one "
+        "transfers to another where its ASR is lower than after clean training of equal cost.</p>"
     )
 
 
