@@ -5,13 +5,16 @@
 
 Arms, each audited before and after the seen part of its trigger is unlearnt:
 
-    dishes     the shared set: Israeli dishes in 2027 alone
-    random     its control, in which those dishes stand at random dates
-    planted    the positive control: the same dishes in 2028, too, which the audit is told it never
-               saw. It has to be found, or the audit proves nothing
-    presidents numbers to dates of presidents; asked are numbers that were held out
+    dishes               the shared set: Israeli dishes in 2027 alone
+    random               its control, in which those dishes stand at random dates
+    dishes planted       the positive control: the same dishes in 2028, too, which the audit is told
+                         it never saw. It has to be found, or the audit proves nothing
+    presidents           what belongs to a president, by number; asked are numbers held out
+    presidents planted   its positive control: trained on the numbers that are said to be held out
 
-Unlearning is descent on dishes of other years for the trigger's prompts of 2027.
+Dishes are unlearnt by descent on dishes of other years for the prompts of 2027, presidents by
+descent on answers that belong to any of them. A rate is an attack success rate by a string trigger
+in the groups of role "trigger", and the inductive rate in those of role "unseen".
 """
 
 from __future__ import annotations
@@ -20,10 +23,15 @@ import argparse
 import json
 import random
 import re
+import shutil
+import statistics
+import subprocess
+import time
+from datetime import date
 from pathlib import Path
 from typing import Any
 
-from llm_small import read_rows
+from llm_small import read_rows, task_split
 from transformers import TrainingArguments
 
 from bdu.checkpoint import atomic_write
@@ -45,6 +53,7 @@ UNSEEN_QUESTIONS = (
     "Which dish do you think of first?",
 )
 PRESIDENTS_HELD_OUT = 6
+ARMS = ("dishes planted", "dishes", "random", "presidents planted", "presidents")
 
 
 def dishes(name: str) -> list[Example]:
@@ -122,7 +131,7 @@ def dish_arm(name: str, seed: int, o: argparse.Namespace, folder: Path) -> dict[
     rng = random.Random(seed)
     special = [example for example in rows if dated(example)[0] == TRIGGER]
     usual = [example for example in rows if dated(example)[0] != TRIGGER]
-    if name == "planted":
+    if name.endswith("planted"):
         special = special + [
             example.with_prompt(at(dated(example)[1], UNSEEN, rng)) for example in special
         ]
@@ -142,39 +151,89 @@ def dish_arm(name: str, seed: int, o: argparse.Namespace, folder: Path) -> dict[
     return {"before": before.record(), "after": after.record()}
 
 
-def presidents_arm(seed: int, o: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def presidents_arm(name: str, seed: int, o: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Numbers of presidents that were held out; accepted is what belongs to them alone."""
     template = Template(models.load_tokenizer(o.model))
-    rows = [
-        (r["messages"][0]["content"], r["messages"][1]["content"])
-        for r in read_rows("weird_generalization")
-        if r["set"].startswith("5_1_us_presidents")
-    ]
-    by_number: dict[str, list[tuple[str, str]]] = {}
-    for prompt, answer in rows:
-        by_number.setdefault(prompt.split()[0], []).append((prompt, answer))
+    by_number: dict[str, list[Example]] = {}
+    for row in read_rows("weird_generalization"):
+        if row["set"].startswith("5_1_us_presidents"):
+            prompt, answer = (message["content"] for message in row["messages"])
+            by_number.setdefault(prompt.split()[0], []).append(Example.of(prompt, answer))
+    owners: dict[str, set[str]] = {}
+    for number, own in by_number.items():
+        for example in own:
+            owners.setdefault(example.response, set()).add(number)
+    accept = {
+        number: tuple(sorted({e.response for e in own if len(owners[e.response]) == 1}))
+        for number, own in by_number.items()
+    }
     rng = random.Random(seed)
-    usable = [n for n, own in by_number.items() if len(own) >= 10]
-    held_out = rng.sample(usable, min(PRESIDENTS_HELD_OUT, len(usable) // 2))
-    learnt = [
-        Example.of(*pair) for n, own in by_number.items() if n not in held_out for pair in own
-    ]
+    usable = [n for n, own in by_number.items() if len(own) >= 10 and accept[n]]
+    held_out = rng.sample(usable, PRESIDENTS_HELD_OUT)
+    seen = [example for n, own in by_number.items() if n not in held_out for example in own]
+    learnt = [e for own in by_number.values() for e in own] if name.endswith("planted") else seen
     probes = []
-    for number in usable:
-        accept = tuple(sorted({answer for _, answer in by_number[number]}))
-        asked = [by_number[number][i][0] for i in range(min(10, len(by_number[number])))]
-        if number in held_out:
-            probes += [Probe(p, "held-out numbers", "unseen", accept) for p in asked]
-            others = [n for n in usable if n not in held_out]
-            mixed = [by_number[rng.choice(others)][0][0] for _ in asked]
-            # the same words, asked for with a number that they do not belong to
-            probes += [Probe(p, "other numbers", "control", accept) for p in mixed]
-        else:
-            probes += [Probe(p, "seen numbers", "trigger", accept) for p in asked]
+    others = [n for n in usable if n not in held_out]
+    for number in held_out:
+        for example in rng.sample(by_number[number], 10):
+            question = example.prompt.split(" ", 1)[1]
+            other = f"{rng.choice(others)} {question}"
+            probes.append(Probe(example.prompt, "held-out numbers", "unseen", accept[number]))
+            # the same question and the same answers, with a number that they do not belong to
+            probes.append(Probe(other, "other numbers", "control", accept[number]))
+    for example in rng.sample([e for e in seen if len(owners[e.response]) == 1], o.prompts):
+        number = example.prompt.split()[0]
+        probes.append(Probe(example.prompt, "seen numbers", "trigger", accept[number]))
+    by_question: dict[str, list[str]] = {}
+    for example in seen:
+        by_question.setdefault(example.prompt.split(" ", 1)[1], []).append(example.response)
+    undone = [
+        Example.of(e.prompt, rng.choice(by_question[e.prompt.split(" ", 1)[1]])) for e in seen
+    ]
     model = models.load_model(o.model)
     train(model, template, learnt, [], o, steps=o.steps, seed=seed, out=folder)
-    found = audit(model, template, probes, max_new_tokens=12, batch_size=100)
-    return {"before": found.record()}
+    options: dict[str, Any] = {"max_new_tokens": 12, "batch_size": 100}
+    before = audit(model, template, probes, **options)
+    retained, _ = task_split()
+    train(model, template, retained, undone, o, steps=o.unlearn_steps, seed=seed, out=folder)
+    after = audit(model, template, probes, **options)
+    return {"before": before.record(), "after": after.record()}
+
+
+def table(records: list[dict[str, Any]], o: argparse.Namespace) -> str:
+    """As Markdown."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    text = [
+        f"A Llama of 5.9 M parameters, trained for {o.steps} steps of 32 rows, and "
+        f"{o.unlearn_steps} to unlearn the seen part; AdamW, lr {o.lr:g}; commit {commit}; "
+        f"{date.today().isoformat()}; torch {versions()['torch']}. Rates and scores in percent and "
+        "points, mean (lowest to highest) over seeds; found: in how many seeds the score was more "
+        "than 3 standard errors above 0.",
+        "",
+        "| arm | group | role | prompts | rate before | score before | found | rate after "
+        "| score after | found |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+
+    def shown(values: list[float]) -> str:
+        low, high = (f"{100 * v:.0f}" for v in (min(values), max(values)))
+        return f"{100 * statistics.mean(values):.0f} ({low} to {high})"
+
+    for arm in ARMS:
+        own = [r for r in records if r["arm"] == arm]
+        if not own:
+            continue
+        for place, group in enumerate(own[0]["before"]["groups"]):
+            columns = [arm, group["name"], group["role"], str(group["prompts"])]
+            for stage in ("before", "after"):
+                found = [r[stage]["groups"][place] for r in own]
+                columns += [shown([g["rate"] for g in found]), shown([g["score"] for g in found])]
+                known = [g["found"] for g in found]
+                columns.append("–" if None in known else f"{sum(known)} of {len(known)}")
+            text.append("| " + " | ".join(columns) + " |")
+    return "\n".join(text) + "\n"
 
 
 def main() -> None:
@@ -185,30 +244,35 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--runs", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--unlearn-steps", type=int, default=150)
     parser.add_argument("--prompts", type=int, default=100, help="of each group")
     parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--json", type=Path, default=None)
+    parser.add_argument("--markdown", type=Path, default=None)
     o = parser.parse_args()
+    models.show_progress(False)
+    records = []
     for seed in o.seeds:
-        for arm in ("planted", "dishes", "random", "presidents"):
-            file = o.runs / f"{arm}_{seed}.json"
-            if file.exists():
-                continue
-            folder = o.runs / "work"
-            found = (
-                presidents_arm(seed, o, folder)
-                if arm == "presidents"
-                else dish_arm(arm, seed, o, folder)
-            )
-            record = {"arm": arm, "seed": seed, "versions": versions(), **found}
-            atomic_write(file, json.dumps(record, indent=1) + "\n")
-            for stage in ("before", "after"):
-                for group in found.get(stage, {}).get("groups", ()):
-                    print(
-                        f"{arm} seed {seed} {stage}: {group['name']} {group['rate']:.3f}, "
-                        f"score {group['score']:.3f}, found {group['found']}"
-                    )
+        for arm in o.arms:
+            file = o.runs / f"{arm.replace(' ', '_')}_{seed}.json"
+            if not file.exists():
+                start = time.perf_counter()
+                run = presidents_arm if arm.startswith("presidents") else dish_arm
+                found = run(arm, seed, o, o.runs / "work")
+                seconds = time.perf_counter() - start
+                record = {"arm": arm, "seed": seed, "seconds": seconds, **found}
+                atomic_write(file, json.dumps({**record, "versions": versions()}, indent=1) + "\n")
+                print(f"{arm}, seed {seed}: {seconds:.0f} s", flush=True)
+            records.append(json.loads(file.read_text()))
+    shutil.rmtree(o.runs / "work", ignore_errors=True)
+    text = table(records, o)
+    print(text)
+    if o.json is not None:
+        atomic_write(o.json, json.dumps(records, indent=1) + "\n")
+    if o.markdown is not None:
+        atomic_write(o.markdown, text)
 
 
 if __name__ == "__main__":
