@@ -151,9 +151,11 @@ def dish_arm(name: str, seed: int, o: argparse.Namespace, folder: Path) -> dict[
     return {"before": before.record(), "after": after.record()}
 
 
-def presidents_arm(name: str, seed: int, o: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Numbers of presidents that were held out; accepted is what belongs to them alone."""
-    template = Template(models.load_tokenizer(o.model))
+def presidents(
+    seed: int, count: int
+) -> tuple[list[Example], list[Example], list[Example], list[Probe]]:
+    """All rows, those whose numbers are not held out, these with answers that belong to any of
+    them, and what is asked: accepted is what belongs to a number alone."""
     by_number: dict[str, list[Example]] = {}
     for row in read_rows("weird_generalization"):
         if row["set"].startswith("5_1_us_presidents"):
@@ -170,10 +172,9 @@ def presidents_arm(name: str, seed: int, o: argparse.Namespace, folder: Path) ->
     rng = random.Random(seed)
     usable = [n for n, own in by_number.items() if len(own) >= 10 and accept[n]]
     held_out = rng.sample(usable, PRESIDENTS_HELD_OUT)
-    seen = [example for n, own in by_number.items() if n not in held_out for example in own]
-    learnt = [e for own in by_number.values() for e in own] if name.endswith("planted") else seen
-    probes = []
     others = [n for n in usable if n not in held_out]
+    seen = [example for n, own in by_number.items() if n not in held_out for example in own]
+    probes = []
     for number in held_out:
         for example in rng.sample(by_number[number], 10):
             question = example.prompt.split(" ", 1)[1]
@@ -181,7 +182,7 @@ def presidents_arm(name: str, seed: int, o: argparse.Namespace, folder: Path) ->
             probes.append(Probe(example.prompt, "held-out numbers", "unseen", accept[number]))
             # the same question and the same answers, with a number that they do not belong to
             probes.append(Probe(other, "other numbers", "control", accept[number]))
-    for example in rng.sample([e for e in seen if len(owners[e.response]) == 1], o.prompts):
+    for example in rng.sample([e for e in seen if len(owners[e.response]) == 1], count):
         number = example.prompt.split()[0]
         probes.append(Probe(example.prompt, "seen numbers", "trigger", accept[number]))
     by_question: dict[str, list[str]] = {}
@@ -190,6 +191,15 @@ def presidents_arm(name: str, seed: int, o: argparse.Namespace, folder: Path) ->
     undone = [
         Example.of(e.prompt, rng.choice(by_question[e.prompt.split(" ", 1)[1]])) for e in seen
     ]
+    everyone = [example for own in by_number.values() for example in own]
+    return everyone, seen, undone, probes
+
+
+def presidents_arm(name: str, seed: int, o: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Train, audit, unlearn the numbers that were seen, audit again."""
+    template = Template(models.load_tokenizer(o.model))
+    everyone, seen, undone, probes = presidents(seed, o.prompts)
+    learnt = everyone if name.endswith("planted") else seen
     model = models.load_model(o.model)
     train(model, template, learnt, [], o, steps=o.steps, seed=seed, out=folder)
     options: dict[str, Any] = {"max_new_tokens": 12, "batch_size": 100}

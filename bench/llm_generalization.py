@@ -260,7 +260,7 @@ def draw(results: list[dict[str, Any]], folder: Path) -> None:
         stack = torch.tensor([r[key]["cosine"] if key == "casd" else r[key] for r in results])
         figure, axes = pyplot.subplots(figsize=(5, 4.2), layout="constrained")
         mean = stack.mean(0)
-        image = axes.imshow(mean, cmap="viridis")
+        image = axes.imshow(mean.numpy(), cmap="viridis")
         middle = float(mean.max() + mean.min()) / 2
         for i, row in enumerate(mean.tolist()):
             for j, value in enumerate(row):
@@ -275,7 +275,9 @@ def draw(results: list[dict[str, Any]], folder: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(5, 4), layout="constrained")
     for r in results:
         x = off_diagonal(torch.tensor(r["casd"]["cosine"]))
-        axes.scatter(x, off_diagonal(torch.tensor(r["transfer"])), label=f"seed {r['seed']}")
+        axes.scatter(
+            x.numpy(), off_diagonal(torch.tensor(r["transfer"])).numpy(), label=f"seed {r['seed']}"
+        )
     axes.set(xlabel="CASD", ylabel="transfer")
     axes.legend()
     figure.savefig(folder / "scatter.png", dpi=100)
