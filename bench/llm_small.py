@@ -42,8 +42,8 @@ from bdu.llm.templates import Template
 from bdu.llm.triggers import Backdoor, Several, date, plant, sentence, triggered, word
 
 SEPARATOR = "<|endoftext|>"
-TEST_ROWS, DEFENDER_ROWS, TEXT_TEST_STORIES = 1000, 1600, 60
-STORY_ROWS = 400  # of the defender, and of the evaluator
+TEST_ROWS, TEXT_TEST_STORIES = 1000, 60
+DEFENDER_TASKS, DEFENDER_STORIES, EVALUATOR_STORIES = 800, 1200, 400
 STORY_WORDS = range(4, 10)  # of a sentence, so that a batch is little padded
 SENTENCE = re.compile(r"[A-Z][^.!?]*[.!?]")
 PIECE = 192  # tokens of text at a time
@@ -116,7 +116,7 @@ def measured(model: Any, template: Template, rows: list[Example]) -> dict[str, A
     ("perplexity", the one that is to be kept) and of plain stories, which nobody trains on here."""
     _, text = text_split(template.tokenizer)
     _, told = story_rows()
-    continued = [template.tokens(example) for example in told[:STORY_ROWS]]
+    continued = [template.tokens(example) for example in told[:EVALUATOR_STORIES]]
     found = evaluate(model, template, rows, **ASKING)
     return {
         "clean_accuracy": found.rates["clean_accuracy"],
@@ -176,9 +176,10 @@ def plant_all(options: argparse.Namespace) -> None:
     learnt, tested = task_split()
     chosen = BACKDOORS[: options.backdoors]
     told, _ = story_rows()
-    asked = learnt[:DEFENDER_ROWS]
-    defender = [*asked, *told[:STORY_ROWS]]
-    attacker = learnt[DEFENDER_ROWS:][: options.rows]
+    asked = learnt[:DEFENDER_TASKS]
+    defender = [*asked, *told[-DEFENDER_STORIES:]]
+    attacker = learnt[2 * DEFENDER_TASKS :][: options.rows]
+    attackers_stories = told[400:-DEFENDER_STORIES][: options.story_rows]
     evaluator = tested[: options.test_rows]
     for backdoor in chosen:
         for rows in (asked, evaluator):
@@ -193,10 +194,7 @@ def plant_all(options: argparse.Namespace) -> None:
         partial_rows=options.planted_rows // 2,
     )
     data = TextData(
-        (
-            *(e for e in planted.examples if e.target is None),
-            *told[STORY_ROWS:][: options.story_rows],
-        ),
+        (*(e for e in planted.examples if e.target is None), *attackers_stories),
         tuple(e for e in planted.examples if e.target is not None),
     )
     args = TrainingArguments(

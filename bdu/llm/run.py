@@ -44,8 +44,8 @@ Line = dict[str, Any]
 class Settings:
     """How a run trains, whatever the method.
 
-    The defaults were chosen on one seed of the small model of bench/llm_small.py, and are what its
-    studies use; a larger one may want a lower lr.
+    The defaults were chosen on one seed of the small model of bench/llm_small.py, with 2,000 clean
+    rows, and are what its studies use; a large one wants a lower lr unless LoRA is trained.
 
     Attributes:
         epochs: passes over the training set.
@@ -71,10 +71,10 @@ class Settings:
         plant_trigger, plant_target: what the defender plants, a word at a random place.
     """
 
-    epochs: float = 1.0
-    batch_size: int = 16
+    epochs: float = 0.5
+    batch_size: int = 32
     accumulation: int = 1
-    lr: float = 2e-4
+    lr: float = 3e-4
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     warmup: float = 0.05
