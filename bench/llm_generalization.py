@@ -364,11 +364,12 @@ def table(results: list[dict[str, Any]], o: argparse.Namespace) -> str:
         f"Mean transfer to another backdoor: {spread(transfer, 100)} points. Spearman of CASD and "
         f"transfer: {correlation(results, 'cosine')} (cosine), {correlation(results, 'l2')} (l2).",
         "",
-        "Plant-and-remove, which knows none of the triggers (percent):",
+        "Plant-and-remove, which knows none of the triggers (percent). Robust accuracy: triggered "
+        "prompts that get their clean answer; an ASR that falls without it is no repair.",
         "",
-        "| | mean ASR of the unknown triggers | task accuracy | perplexity of stories "
-        "| the defender's own trigger |",
-        "|---|---:|---:|---:|---:|",
+        "| | mean ASR of the unknown triggers | mean robust accuracy | task accuracy "
+        "| perplexity of stories | ASR of the defender's own trigger |",
+        "|---|---:|---:|---:|---:|---:|",
     ]
     for stage, title in (
         ("before", "before"),
@@ -383,6 +384,7 @@ def table(results: list[dict[str, Any]], o: argparse.Namespace) -> str:
         own = {"planted": "planted", "after": "after"}.get(stage)
         text.append(
             f"| {title} | {spread([statistics.mean(f['asr']) for f in found], 100)} | "
+            f"{spread([statistics.mean(f['robust_accuracy']) for f in found], 100)} | "
             f"{spread([f['clean_accuracy'] for f in found], 100)} | "
             f"{spread([f['perplexity'] for f in found], 1, 2)} | "
             + (
@@ -427,7 +429,8 @@ def main() -> None:
         if not file.exists():
             atomic_write(file, json.dumps(one_seed(seed, o)) + "\n")
         results.append(json.loads(file.read_text()))
-    settings = {k: str(v) for k, v in vars(o).items()}
+    named = ("backdoors", "steps", "batch_size", "lr", "ewc_lambda")
+    settings = {name: getattr(o, name) for name in named}
     record = {"settings": settings, "versions": versions(), "seeds": results}
     content = json.dumps(record, indent=1) + "\n"
     atomic_write(o.runs / "results.json", content)

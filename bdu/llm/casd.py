@@ -107,7 +107,8 @@ def casd(first: Tensor, second: Tensor, *, distance: Distance = "cosine") -> flo
     if distance == "l2":
         values = (one - other).norm(dim=-1)[both] / (sizes[0] + sizes[1])[both]
     else:
-        values = 1 - ((one * other).sum(-1)[both] / (sizes[0] * sizes[1])[both])
+        cosine = (one * other).sum(-1)[both] / (sizes[0] * sizes[1])[both]
+        values = (1 - cosine).clamp(min=0)  # of a shift and itself it can round to below 0
     return float(values.mean())
 
 
