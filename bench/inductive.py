@@ -117,6 +117,7 @@ def train(
         seed=seed,
         report_to=[],
         save_strategy="no",
+        logging_steps=25,
         use_cpu=True,
         disable_tqdm=True,
     )
@@ -255,10 +256,10 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--unlearn-steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--unlearn-steps", type=int, default=60)
     parser.add_argument("--prompts", type=int, default=100, help="of each group")
-    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--markdown", type=Path, default=None)
     o = parser.parse_args()
