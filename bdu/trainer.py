@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bdu import auto
 from bdu.data import as_unit_float
 from bdu.defenses import balanced, bi_bau, finetuning, fst, i_bau, pam, sau, tbar, tsbd, ulrl
 from bdu.defenses.protocol import Callback, DefenderData, Line, Result
 from bdu.metrics import predict
 from bdu.models import device_of, logits_of, modes_kept
 
-_TRIGGER_FREE = (finetuning, ulrl, fst, tsbd, i_bau, sau, pam, tbar, bi_bau)
+_TRIGGER_FREE = (auto, finetuning, ulrl, fst, tsbd, i_bau, sau, pam, tbar, bi_bau)
 
 METHODS: dict[str, Callable[..., Result]] = {
     "balanced": balanced.run,

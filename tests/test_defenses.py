@@ -96,9 +96,9 @@ def differing(one, other):
 
 
 def test_every_method_is_at_the_front_door():
-    assert set(METHODS) == {"balanced", *(module.NAME for module in METHOD_MODULES)}
+    assert set(METHODS) == {"balanced", "auto", *(module.NAME for module in METHOD_MODULES)}
     assert set(SETTINGS) == set(METHODS)
-    assert set(TINY) == set(METHODS) - {"balanced"}
+    assert set(TINY) == set(METHODS) - {"balanced", "auto"}
 
 
 # The course, seen through every method.

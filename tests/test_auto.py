@@ -1,0 +1,134 @@
+"""auto: what fools a model and not its cleaned copy is a backdoor; clean models are left alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bdu import auto, metrics
+from bdu.attacks import make_attack, poison
+from bdu.cli.demo import digits
+from bdu.data import split_indices
+from bdu.defenses.course import Course, Running
+from bdu.defenses.protocol import DefenderData
+from bdu.models import build
+from bdu.trainer import unlearn
+from bdu.training import fit
+
+TARGET = 0
+
+
+class Suspect:
+    """A small network on digits, with a backdoor or without."""
+
+    def __init__(self, rate: float) -> None:
+        data = digits()
+        x, y = torch.from_numpy(data["x"])[:, None], torch.from_numpy(data["y"])
+        attacker, clean, evaluator = split_indices(y, [1000, 250, 500], 0)
+        self.trigger = make_attack("badnets")
+        if rate:
+            bad = poison(
+                *(x[attacker], y[attacker], self.trigger),
+                rate=rate,
+                target=TARGET,
+                num_classes=10,
+                seed=0,
+            )
+            learned = bad.x, bad.y
+        else:
+            learned = x[attacker], y[attacker]
+        self.model = build("smallcnn", num_classes=10, in_channels=1, seed=0)
+        fit(
+            *(self.model, *learned),
+            epochs=8,
+            lr=0.1,
+            batch_size=64,
+            augment=False,
+            seed=0,
+            progress=False,
+        )
+        self.model.eval()
+        self.clean, self.evaluator = (x[clean], y[clean]), (x[evaluator], y[evaluator])
+
+    def rates(self, model):
+        return metrics.evaluate(
+            model, *self.evaluator, num_classes=10, trigger=self.trigger, target=TARGET
+        )
+
+    def unlearn(self, **options):
+        options = {"steps": 160, "probe_steps": 20} | options
+        return unlearn(
+            self.model, method="auto", clean=self.clean, seed=0, progress=False, **options
+        )
+
+
+@pytest.fixture(scope="module")
+def planted():
+    return Suspect(0.1)
+
+
+@pytest.fixture(scope="module")
+def cleaned(planted):
+    return planted.unlearn()
+
+
+def test_a_backdoor_is_seen_and_removed(planted, cleaned):
+    before, after = planted.rates(planted.model), planted.rates(cleaned.model)
+    assert before["attack_success_rate"] > 0.9
+    assert after["attack_success_rate"] < 0.4
+    assert after["clean_accuracy"] > before["clean_accuracy"] - 0.05
+    assert cleaned.stopped.startswith("chose ")
+    assert cleaned.history[1]["gap"] >= 0.4
+    assert cleaned.history[-1]["phase"] == "choose"
+
+
+def test_a_clean_model_is_left_as_it_is():
+    clean = Suspect(0.0)
+    result = clean.unlearn()
+    assert result.stopped.startswith("looks clean and was left as it is")
+    weights = clean.model.state_dict()
+    assert all(torch.equal(v, weights[n]) for n, v in result.model.state_dict().items())
+    tried = [line for line in result.history if line["phase"] == "try"]
+    assert len(tried) == 1  # no other candidate was run
+
+
+def judge(planted, weights, **settings):
+    data = DefenderData.split(planted.clean, None, seed=0, device=torch.device("cpu"))
+    s = auto.Settings(probe_steps=20, **settings)
+    course = Course("auto", planted.model, data, s, Running(0, progress=False))
+    probes = auto._probes(course, s)
+    reference = auto._successes(auto._with(planted.model, weights["cleaned"]), data, probes)
+    suspicious = auto._successes(planted.model, data, probes) - reference >= s.threshold
+    assert suspicious[TARGET]
+    return auto._chosen(course, s, weights, probes, suspicious)
+
+
+def test_the_least_residue_wins_among_those_that_kept_their_accuracy(planted, cleaned):
+    suspect, good = planted.model.state_dict(), cleaned.model.state_dict()
+    blank = {name: torch.zeros_like(value) for name, value in suspect.items()}
+    name, reason = judge(planted, {"suspect": suspect, "cleaned": good, "blank": blank})
+    assert name == "cleaned"
+    assert "turns" in reason
+    # given away all accuracy, nothing is left to turn
+    name, _ = judge(
+        planted, {"suspect": suspect, "cleaned": good, "blank": blank}, accuracy_margin=1.0
+    )
+    assert name in ("cleaned", "blank")
+
+
+def test_it_says_so_where_nothing_helped(planted, cleaned):
+    data = DefenderData.split(planted.clean, None, seed=0, device=torch.device("cpu"))
+    s = auto.Settings(probe_steps=20)
+    course = Course("auto", planted.model, data, s, Running(0, progress=False))
+    probes = auto._probes(course, s)
+    suspicious = torch.zeros(len(probes), dtype=torch.bool)
+    suspicious[TARGET] = True
+    suspect = planted.model.state_dict()
+    _, reason = auto._chosen(course, s, {"suspect": suspect}, probes, suspicious)
+    assert reason.endswith("that is no removal, and no candidate found one")
+
+
+def test_settings_out_of_range_are_refused(planted):
+    for name, value in (("threshold", 1.5), ("radius", 0.0), ("probe_steps", 0)):
+        with pytest.raises(ValueError, match=name):
+            planted.unlearn(**{name: value})
