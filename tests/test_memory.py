@@ -20,6 +20,7 @@ from bdu.cli import main
 from bdu.data import save_npz
 from bdu.models import build
 from bdu.optim import EWCSGD, EWCAdamW, release, release_gradients
+from bdu.trainer import METHODS
 
 KINDS = {
     "sgd": lambda params, **more: EWCSGD(params, **more),
@@ -334,6 +335,24 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(
     printed = capsys.readouterr().out
     assert "fisher " not in printed.split("parameters;")[0]
     assert 32 * elements <= total(printed) < 32.5 * elements
+
+
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"balanced"}))
+def test_a_dry_run_knows_every_method(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str
+) -> None:
+    command = [*dry_run(inputs, tmp_path / "run", "--method", method)]
+    del command[command.index("--set") : command.index("--quiet")]
+    totals = []
+    for more in ([], ["--set", "anchored=true"]):
+        assert main([*command, *more]) == 0
+        totals.append(total(capsys.readouterr().out))
+    elements = sum(
+        p.numel() for p in build("smallcnn", num_classes=3, in_channels=1, seed=0).parameters()
+    )
+    assert totals[0] >= (1 + 1 + 1 + 3) * 4 * elements  # θ, gradient, a moment, copies
+    assert totals[1] == totals[0] + 8 * elements  # F and θ*
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

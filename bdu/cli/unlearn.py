@@ -22,7 +22,7 @@ from bdu.models import device_of
 from bdu.monitor.gradcam import target_layer
 from bdu.monitor.live import AttentionMonitor, Logger, TensorBoard, WeightsAndBiases, Writer
 from bdu.monitor.report import write_report
-from bdu.optim import EWCSGD
+from bdu.optim import EWCSGD, EWCAdamW
 from bdu.runs import RunDirectory, versions
 from bdu.trainer import METHODS, SETTINGS, prepare, unlearn
 
@@ -195,22 +195,37 @@ def run(options: argparse.Namespace) -> None:
     print(f"{result.stopped}; wrote {directory.path}")
 
 
+# Copies that a method holds beside the model as given, the suspect model and the best.
+_MORE_COPIES = {"pam": 2, "tsbd": 3, "tbar": 1, "auto": 6}
+
+
 def _memory_plan(model: nn.Module, method: str, settings: dict[str, Any]) -> MemoryPlan:
     """What the method holds at once: its optimizer's share, and copies of the weights.
 
-    These are the model as given, the teacher and the weights to be kept; and where the forget loss
-    is descended from ``radius`` away, that gradient and the weights as they were before.
+    With "balanced" these are the model as given, the teacher and the weights to be kept; and where
+    the forget loss is descended from ``radius`` away, that gradient and the weights as they were
+    before.
     """
     chosen = SETTINGS[method](**settings)
-    optimizer = EWCSGD(
-        [p for p in model.parameters() if p.requires_grad],
-        lr=chosen.lr,
-        momentum=chosen.momentum,
-        ewc_lambda=chosen.ewc_lambda,
-        **dtypes_of(chosen),
-    )
-    moves_away = chosen.radius > 0 and chosen.forget != "cross_entropy"
-    return memory_plan(model, optimizer, copies=5 if moves_away else 3)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if method == "balanced":
+        optimizer: EWCSGD | EWCAdamW = EWCSGD(
+            trained,
+            lr=chosen.lr,
+            momentum=chosen.momentum,
+            ewc_lambda=chosen.ewc_lambda,
+            **dtypes_of(chosen),
+        )
+        moves_away = chosen.radius > 0 and chosen.forget != "cross_entropy"
+        return memory_plan(model, optimizer, copies=5 if moves_away else 3)
+    ewc_lambda = chosen.ewc_lambda if chosen.anchored else 0.0
+    if method in ("i-bau", "sau"):
+        optimizer = EWCAdamW(trained, lr=1.0, ewc_lambda=ewc_lambda)
+    else:
+        optimizer = EWCSGD(
+            trained, lr=1.0, momentum=getattr(chosen, "momentum", 0.9), ewc_lambda=ewc_lambda
+        )
+    return memory_plan(model, optimizer, copies=3 + _MORE_COPIES.get(method, 0))
 
 
 def _weight_change(before: nn.Module, after: nn.Module) -> dict[str, float]:
