@@ -58,6 +58,6 @@ def _read(file: Path) -> tuple[list[str], list[float], list[float], list[list[fl
         rates = [[float(v) for v in row] for row in kept["rates"]]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: expected names, before, control and rates, {error!r}") from error
-    if any(len(values) != len(names) for values in (before, control, rates, *rates)):
+    if len(rates) != len(names) or any(len(v) != len(names) for v in (before, control, *rates)):
         raise ValueError(f"{file}: expected {len(names)} values in every row, got others")
     return names, before, control, rates
