@@ -50,7 +50,7 @@ from bdu.metrics import predict
 NAME = "auto"
 CANDIDATES: dict[str, tuple[Callable[..., Result], str, dict[str, Any]]] = {
     "fst": (fst.run, "epochs", {"anneal": True, "distillation": 0.9}),
-    "ulrl": (ulrl.run, "relearn_epochs", {"distillation": 0.9}),
+    "ulrl": (ulrl.run, "relearn_epochs", {"distillation": 0.9, "least": 1}),
     "fine-tuning": (finetuning.run, "epochs", {"lr": 0.02, "distillation": 0.5}),
 }
 """Name → its run, what its epochs are called, and other settings; the first is what the suspect
@@ -79,7 +79,7 @@ class Settings(Shared):
     probe_steps: int = 30
     threshold: float = 0.4
     accuracy_margin: float = 0.01
-    batch_size: int = 64
+    batch_size: int = 32
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -71,15 +71,22 @@ ATTACKED = 2000  # of the evaluator's images, for ASR after attacks on the remov
 REACTIVATION = {"epochs": 20, "images": 256}  # the paper: 50 epochs, 500 images
 
 DEFENSES = (
-    *("none", "fine-tuning", "ulrl", "fst", "tsbd", "i-bau", "sau", "pam", "tbar", "bi-bau"),
-    "balanced",
+    *("none", "fine-tuning", "fst", "fst, ours", "ulrl", "ulrl, ours", "auto", "bi-bau"),
+    *("tsbd", "i-bau", "sau", "pam", "tbar", "balanced"),
 )
 CLEAN_SHARE = {"ulrl": 0.2}  # of the defender's 5 %
-# As published unless it says why not.
+# As published unless it says why not; "ours" are our variants of a method.
 SETTINGS: dict[str, dict[str, Any]] = {
+    "fst, ours": {"distillation": 0.9, "anneal": True, "epochs": 25},
+    "ulrl, ours": {"distillation": 0.9, "relearn_epochs": 60, "least": 1},
     "sau": {"epochs": 20, "lr": 5e-4},  # 100 at 1e-4: five times the time
     "pam": {"epochs": 10},  # of a round; 30
 }
+
+
+def method_of(defense: str) -> str:
+    """What `bdu.unlearn` calls it."""
+    return defense.removesuffix(", ours")
 
 
 @dataclass(frozen=True)
@@ -164,7 +171,8 @@ class Table:
         """Of a defence's outcome."""
         settings = json.dumps(SETTINGS.get(defense, {}), sort_keys=True)
         digest = hashlib.blake2b(settings.encode(), digest_size=3).hexdigest()
-        name = f"{defense}{'+anchored' if anchored else ''}-{seed}-{digest}.json"
+        plain = defense.replace(", ", "-")
+        name = f"{plain}{'+anchored' if anchored else ''}-{seed}-{digest}.json"
         return self.runs / "cells" / self.folder(case).name / name
 
     def plant(self, case: Case) -> None:
@@ -300,7 +308,7 @@ def defended(
     if defense == "none":
         return planted.model, "", []
     x, y = planted.parts["defender_clean"]
-    count = round(CLEAN_SHARE.get(defense, 1.0) * len(y))  # any prefix is in proportion
+    count = round(CLEAN_SHARE.get(method_of(defense), 1.0) * len(y))  # any prefix is in proportion
     options: dict[str, Any] = dict(SETTINGS.get(defense, {}))
     if defense == "balanced":
         options["triggered"] = planted.triggered
@@ -310,7 +318,7 @@ def defended(
         warnings.simplefilter("always")
         result = unlearn(
             planted.model,
-            method=defense,
+            method=method_of(defense),
             clean=(x[:count], y[:count]),
             seed=seed,
             progress=False,
@@ -375,7 +383,7 @@ def work(table: Table, case: Case, options: argparse.Namespace) -> None:
     jobs: list[tuple[str, int, bool]] = []
     for defense in options.defenses:
         for anchored in (False, True) if options.anchored else (False,):
-            if anchored and defense in ("none", "balanced"):
+            if anchored and defense in ("none", "auto", "balanced"):
                 continue
             if defense == "balanced" and case.attack is None:
                 continue

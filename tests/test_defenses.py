@@ -348,6 +348,19 @@ def test_ulrl_scores_all_layers_when_asked(planted, monkeypatch):
     assert len(names) > 1
 
 
+def test_ulrl_takes_the_rows_that_stand_out_most_where_it_is_told_to(planted):
+    head = head_of(planted.model, torch.rand(1, 1, 8, 8)) + ".weight"
+    before = dict(planted.model.named_parameters())[head]
+    course = Course("ulrl", planted.model, planted.data(), ulrl.Settings(), Running(0))
+    with torch.no_grad():
+        moved = torch.arange(10.0)
+        moved[[3, 7]] = torch.tensor([11.0, 12.0])
+        course.student.get_parameter(head).copy_(before + moved[:, None])
+    for least, rows in ((0, None), (1, [7]), (2, [3, 7])):
+        found = ulrl._suspicious(course, ulrl.Settings(least=least, threshold=100.0))
+        assert (found[head].tolist() if rows else found) == (rows or {})
+
+
 def test_ulrl_says_so_where_nothing_stands_out(planted):
     with pytest.warns(UserWarning, match="no neuron stands out"):
         planted.unlearn("ulrl", threshold=1e9)

@@ -49,6 +49,8 @@ class Settings(Distilled):
         neurons: "last": the rows of the last layer; "all": of every layer (ours).
         threshold: z from which a neuron is suspicious.
         most: suspicious neurons of a layer at most, those of the lowest index, as published.
+        least: suspicious neurons of the last layer at least: where fewer reach the threshold,
+            those with the highest z (ours; 0 is as published).
         relearn_epochs, lr: of step 3; the learning rate falls as a cosine.
         alpha: α ≥ 0, how hard suspicious rows are pushed away from what they were.
         momentum: of SGD, in both.
@@ -61,6 +63,7 @@ class Settings(Distilled):
     neurons: Neurons = "last"
     threshold: float = 3.5
     most: int = 2
+    least: int = 0
     relearn_epochs: int = 20
     lr: float = 5e-3
     alpha: float = 0.7
@@ -73,7 +76,7 @@ class Settings(Distilled):
             raise ValueError(f"neurons: expected last or all, got {self.neurons!r}")
         check_numbers(self, counts=("unlearn_epochs", "relearn_epochs", "most", "batch_size"))
         check_numbers(self, positive=("unlearn_lr", "lr"), shares=("unlearned_accuracy",))
-        check_numbers(self, at_least_zero=("alpha", "momentum", "threshold"))
+        check_numbers(self, at_least_zero=("alpha", "momentum", "threshold", "least"))
 
 
 def run(model: nn.Module, data: DefenderData, **options: Any) -> Result:
@@ -119,15 +122,20 @@ def run(model: nn.Module, data: DefenderData, **options: Any) -> Result:
 def _suspicious(course: Course, s: Settings) -> dict[str, Tensor]:
     """Name of a weight → rows that stand out."""
     head = head_of(course.before, as_unit_float(course.data.clean.x[:1]))
-    names = [f"{head}.weight"]
+    last = f"{head}.weight"
+    names = [last]
     if s.neurons == "all":
         names = [name for name, p in course.named_parameters() if p.dim() > 1]
     found = {}
     for name in names:
         scores = row_changes(course.before.get_parameter(name), course.student.get_parameter(name))
-        (rows,) = torch.nonzero(deviations(scores) > s.threshold, as_tuple=True)
+        z = deviations(scores)
+        (rows,) = torch.nonzero(z > s.threshold, as_tuple=True)
+        rows = rows[: s.most]
+        if name == last and len(rows) < s.least:
+            rows = z.topk(min(s.least, len(z))).indices.sort().values
         if len(rows):
-            found[name] = rows[: s.most]
+            found[name] = rows
     return found
 
 
