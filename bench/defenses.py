@@ -390,6 +390,8 @@ def work(table: Table, case: Case, options: argparse.Namespace) -> None:
             jobs.append((defense, case.seed, anchored))
     missing = [job for job in jobs if not table.cell(case, *job).exists()]
     if not (table.folder(case) / "metrics.json").exists():
+        if options.planted_only:
+            return
         in_own_process(options, case, None)
     for job in [] if options.plant_only else missing:
         in_own_process(options, case, job)
@@ -499,6 +501,7 @@ def main() -> None:
     parser.add_argument("--anchored", action="store_true", help="each also in its anchored form")
     parser.add_argument("--processes", type=int, choices=(1, 2), default=2)
     parser.add_argument("--plant-only", action="store_true")
+    parser.add_argument("--planted-only", action="store_true", help="cells of models that exist")
     parser.add_argument("--tabulate-only", action="store_true", help="run nothing")
     parser.add_argument("--job", default=None, help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, default=None)
