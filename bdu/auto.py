@@ -49,13 +49,15 @@ from bdu.metrics import predict
 
 NAME = "auto"
 CANDIDATES: dict[str, tuple[Callable[..., Result], str, dict[str, Any]]] = {
-    "fst": (fst.run, "epochs", {"anneal": True, "distillation": 0.9}),
-    "ulrl": (ulrl.run, "relearn_epochs", {"distillation": 0.9, "least": 1}),
+    "fst": (fst.run, "epochs", {"lr": 0.01, "anneal": True, "distillation": 0.9}),
+    "ulrl": (ulrl.run, "relearn_epochs", {"lr": 5e-3, "distillation": 0.9, "least": 1}),
     "fine-tuning": (finetuning.run, "epochs", {"lr": 0.02, "distillation": 0.5}),
 }
 """Name → its run, what its epochs are called, and other settings; the first is what the suspect
 model is compared with."""
 _BATCH = 128  # of the candidates
+# Of a candidate's learning rate, the next where accuracy collapsed: large logits want a small one.
+_LR_SHARES = (1.0, 0.1, 0.01)
 _RADII = [2.0**k / 255 for k in range(2, 8)]
 _TURNED = 0.5  # of the images, by a class's probe, in the median
 
@@ -131,7 +133,12 @@ def _candidate(
     batches = math.ceil(len(data.clean) / _BATCH)
     own = {epochs: max(20, math.ceil(s.steps / batches)), "batch_size": _BATCH, **own}
     shared = {field.name: getattr(s, field.name) for field in fields(Shared)}
-    return method(model, data, seed=running.seed, progress=running.progress, **shared, **own).model
+    for lr_share in _LR_SHARES:
+        own["lr"] = lr_share * CANDIDATES[name][2]["lr"]
+        result = method(model, data, seed=running.seed, progress=running.progress, **shared, **own)
+        if result.stopped.startswith("ran"):
+            break
+    return result.model
 
 
 def _with(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:

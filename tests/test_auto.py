@@ -10,7 +10,7 @@ from bdu.attacks import make_attack, poison
 from bdu.cli.demo import digits
 from bdu.data import split_indices
 from bdu.defenses.course import Course, Running
-from bdu.defenses.protocol import DefenderData
+from bdu.defenses.protocol import DefenderData, Result
 from bdu.models import build
 from bdu.trainer import unlearn
 from bdu.training import fit
@@ -132,3 +132,18 @@ def test_settings_out_of_range_are_refused(planted):
     for name, value in (("threshold", 1.5), ("radius", 0.0), ("probe_steps", 0)):
         with pytest.raises(ValueError, match=name):
             planted.unlearn(**{name: value})
+
+
+def test_a_candidate_that_collapses_is_run_again_more_gently(planted, monkeypatch):
+    rates = []
+
+    def method(model, data, *, lr, **more):
+        rates.append(lr)
+        stopped = "ran all its steps" if lr < 0.05 else "stopped at step 4: clean accuracy fell"
+        return Result(model, [], "x", {}, stopped)
+
+    monkeypatch.setitem(auto.CANDIDATES, "fst", (method, "epochs", {"lr": 1.0}))
+    data = DefenderData.split(planted.clean, None, seed=0, device=torch.device("cpu"))
+    running = Running(0, progress=False)
+    assert auto._candidate("fst", planted.model, data, auto.Settings(), running) is planted.model
+    assert rates == [1.0, 0.1, 0.01]
