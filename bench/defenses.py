@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import copy
 import hashlib
+import io
 import json
 import os
 import statistics
@@ -468,13 +469,12 @@ def text_of(rows: list[dict[str, Any]], missing: list[str]) -> str:
     ]
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
-        name = row["defense"] + (" + anchored" if row["anchored"] else "")
-        groups.setdefault((row["case"], name), []).append(row)
-    for (case, name), group in groups.items():
+        groups.setdefault((row["case"], name(row)), []).append(row)
+    for (case, defense), group in groups.items():
         cells = [cell_text(column(row) for row in group) for _, column in COLUMNS]
         seconds = statistics.median(row["seconds"] for row in group)
         lines.append(
-            f"| {case} | {name} | {len(group)} | " + " | ".join(cells) + f" | {seconds:.0f} |"
+            f"| {case} | {defense} | {len(group)} | " + " | ".join(cells) + f" | {seconds:.0f} |"
         )
         controls = [row["control_retuned"] for row in group if "control_retuned" in row]
         if controls:
@@ -485,6 +485,72 @@ def text_of(rows: list[dict[str, Any]], missing: list[str]) -> str:
     if missing:
         lines += ["", f"Not run: {len(missing)} cells: {'; '.join(missing)}."]
     return "\n".join(lines) + "\n"
+
+
+def draw(rows: list[dict[str, Any]], file: Path) -> None:
+    """A row for each defence, a mark for each attacked model, a line at the mean."""
+    from matplotlib import pyplot
+
+    controls = {
+        (row["case"], row["case_seed"]): row["control_retuned"]
+        for row in rows
+        if "control_retuned" in row
+    }
+
+    def above_control(row: dict[str, Any]) -> float | None:
+        control = controls.get((row["case"], row["case_seed"]))
+        return None if control is None or "retuned" not in row else row["retuned"] - control
+
+    def lost(row: dict[str, Any]) -> float:
+        before, after = (float(row[when]["clean_accuracy"]) for when in ("before", "after"))
+        return before - after
+
+    panels: tuple[tuple[str, Callable[[dict[str, Any]], float | None], float], ...] = (
+        ("ASR, %", lambda row: row["after"]["attack_success_rate"], 5.0),
+        ("clean accuracy lost, points", lost, 2.0),
+        ("ASR retuned above a\nnever-backdoored model's, points", above_control, 10.0),
+    )
+    names = [name(row) for row in rows]
+    order = [n for n in dict.fromkeys(names) if n != "none"][::-1]
+    figure, axes = pyplot.subplots(
+        1, 3, figsize=(11, 1.2 + 0.4 * len(order)), sharey=True, layout="constrained"
+    )
+    for axis, (title, value, asked) in zip(axes, panels, strict=True):
+        for place, wanted in enumerate(order):
+            found = [
+                (row, 100 * x)
+                for row, own in zip(rows, names, strict=True)
+                if own == wanted and row["before"]["attack_success_rate"] is not None
+                for x in [value(row)]
+                if x is not None
+            ]
+            for data, marker, colour in (("cifar10", "o", "#0072b2"), ("gtsrb", "^", "#b34a00")):
+                points = [x for row, x in found if row["case"].startswith(data)]
+                axis.scatter(
+                    points,
+                    [place] * len(points),
+                    marker=marker,
+                    facecolors="none",
+                    edgecolors=colour,
+                    label=data if place == 0 else None,
+                )
+            if found:
+                axis.plot(
+                    [statistics.mean(x for _, x in found)] * 2, [place - 0.3, place + 0.3], "k"
+                )
+        axis.axvline(asked, linestyle=":", color="grey")
+        axis.axvline(0, color="lightgrey", linewidth=0.8, zorder=0)
+        axis.set(xlabel=title, yticks=range(len(order)), yticklabels=order)
+    axes[0].legend(loc="best", title="dotted: asked for", fontsize="small")
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=110, format="png")
+    atomic_write(file, picture.getvalue())
+    pyplot.close(figure)
+
+
+def name(row: dict[str, Any]) -> str:
+    """Of a row's defence."""
+    return str(row["defense"]) + (" + anchored" if row["anchored"] else "")
 
 
 def main() -> None:
@@ -506,6 +572,7 @@ def main() -> None:
     parser.add_argument("--job", default=None, help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--markdown", type=Path, default=None)
+    parser.add_argument("--plot", type=Path, default=None, help="a .png; needs matplotlib")
     options = parser.parse_args()
     data = {n: getattr(options, n) for n in MODELS if getattr(options, n) is not None}
     table = Table(options.runs, data)
@@ -541,6 +608,8 @@ def main() -> None:
         atomic_write(options.json, json.dumps(rows, indent=1) + "\n")
     if options.markdown is not None:
         atomic_write(options.markdown, text)
+    if options.plot is not None:
+        draw(rows, options.plot)
 
 
 if __name__ == "__main__":
