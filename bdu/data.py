@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,11 +47,14 @@ class ImageData:
         x: (N, C, H, W), uint8, or float32 in [0, 1].
         y: (N,), int64, from 0 on.
         classes: name of each label in label order, or None where the source has no names.
+        tracks: (N,) int64, or None: images of one class and track are nearly the same, as frames
+            of a film are, and belong into one part of a split.
     """
 
     x: Tensor
     y: Tensor
     classes: list[str] | None = None
+    tracks: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.y)
@@ -63,7 +66,8 @@ class ImageData:
 
     def subset(self, indices: Tensor) -> ImageData:
         """The samples at `indices`, (M,) int64, in that order."""
-        return ImageData(self.x[indices], self.y[indices], self.classes)
+        tracks = None if self.tracks is None else self.tracks[indices]
+        return ImageData(self.x[indices], self.y[indices], self.classes, tracks)
 
 
 def as_unit_float(x: Tensor) -> Tensor:
@@ -141,7 +145,8 @@ def load_images(
     - Class folders: the sorted folder names are the labels 0, 1, ...; with a split they lie in
       path/split. Images that are all grey have one channel, otherwise all become RGB.
     - .npz: `x` (uint8 NHWC or NHW, or float NCHW in [0, 1] or NHW) and `y`; with a split
-      `<split>_x` and `<split>_y`. A text array `classes` in it names the labels.
+      `<split>_x` and `<split>_y`. A text array `classes` in it names the labels, and an array
+      `track` or `<split>_track` of integers, (N,), tells the films that images are frames of.
     - A folder with data_batch_*.bin or test_batch.bin, or the folder above it; split "train"
       or "test".
 
@@ -180,7 +185,7 @@ def load_images(
             return _load_class_folders(path, split, size, names)
     else:
         raise FileNotFoundError(f"path: expected a folder or an .npz file, {path} is not there")
-    return data if size is None else ImageData(_resize(data.x, size), data.y, data.classes)
+    return data if size is None else replace(data, x=_resize(data.x, size))
 
 
 def _class_names(classes: Classes) -> list[str]:
@@ -291,11 +296,17 @@ def _load_npz(path: Path, split: str | None, names: list[str] | None) -> ImageDa
             raise FileNotFoundError(message)
         x_array, y_array = _member(archive, x_name), _member(archive, y_name)
         own = [str(n) for n in _member(archive, "classes")] if "classes" in keys else None
+        track_name = "track" if split is None else f"{split}_track"
+        tracks = _member(archive, track_name) if track_name in keys else None
     x = _npz_images(x_array, x_name)
     if len(x) != len(y_array):
         raise ValueError(f"{y_name}: expected {len(x)} labels, as {x_name}, got {len(y_array)}")
     y = check_labels(y_array, None if own is None else len(own), y_name)
-    return ImageData(x, *_renamed(y, own, names, y_name))
+    if tracks is not None and (tracks.shape != y_array.shape or tracks.dtype.kind not in "iu"):
+        expected = f"{track_name}: expected {len(x)} integers, as {y_name}"
+        raise ValueError(f"{expected}, got {tracks.dtype} {tracks.shape}")
+    known = None if tracks is None else torch.from_numpy(tracks.astype(np.int64))
+    return ImageData(x, *_renamed(y, own, names, y_name), known)
 
 
 def _member(archive: Any, name: str) -> np.ndarray:
@@ -481,7 +492,11 @@ def _reflected(index: Tensor, size: int) -> Tensor:
 
 
 def split_indices(
-    n_or_labels: int | Tensor, sizes: Sequence[int | float], seed: int
+    n_or_labels: int | Tensor,
+    sizes: Sequence[int | float],
+    seed: int,
+    *,
+    tracks: Tensor | None = None,
 ) -> list[Tensor]:
     """Draw disjoint index sets; with labels each set holds every class in proportion.
 
@@ -493,12 +508,14 @@ def split_indices(
         n_or_labels: number of samples, or their labels (N,), integer.
         sizes: of each set, a count (int) or a share of N (float in [0, 1]).
         seed: of a generator of its own.
+        tracks: (N,), integer, beside labels: samples of one class and track stay together, and a
+            set has as many samples as whole tracks allow.
 
     Returns:
         One int64 tensor for each size, in a random order.
 
     Raises:
-        ValueError: a size out of range, or together more than there is.
+        ValueError: a size out of range, or together more than there is; tracks without labels.
     """
     labels = None if isinstance(n_or_labels, int) else check_labels(n_or_labels, None, "labels")
     total = n_or_labels if isinstance(n_or_labels, int) else len(n_or_labels)
@@ -510,6 +527,10 @@ def split_indices(
     if sum(counts) > total:
         raise ValueError(f"sizes: expected at most {total} together, got {sum(counts)}")
     generator = torch.Generator().manual_seed(seed)
+    if tracks is not None:
+        if labels is None or tracks.shape != labels.shape:
+            raise ValueError(f"tracks: expected as many as labels, got {tuple(tracks.shape)}")
+        return _split_tracks(labels.cpu(), tracks.cpu(), counts, generator)
     order = torch.randperm(total, generator=generator)
     if labels is not None and total:
         rank = torch.empty(total, dtype=torch.float64)
@@ -539,3 +560,25 @@ def save_npz(path: str | os.PathLike[str], **arrays: np.ndarray | Tensor) -> Non
             raise ValueError(f"{name}: expected numbers or text, got an array of objects")
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, **plain)  # type: ignore[arg-type]
+
+
+def _split_tracks(
+    labels: Tensor, tracks: Tensor, counts: list[int], generator: torch.Generator
+) -> list[Tensor]:
+    """As samples are drawn in `split_indices`, whole tracks, each by the middle of its run."""
+    units, unit_of, sizes = torch.stack([labels, tracks], 1).unique(
+        dim=0, return_inverse=True, return_counts=True
+    )
+    drawn = torch.randperm(len(units), generator=generator)
+    rank = torch.empty(len(units), dtype=torch.float64)
+    for label in units[:, 0].unique():
+        own = drawn[units[drawn, 0] == label]
+        ends = sizes[own].cumsum(0)
+        rank[own] = (ends - sizes[own] / 2).double() / ends[-1]
+    order = drawn[torch.argsort(rank[drawn], stable=True)]
+    middles = sizes[order].cumsum(0) - sizes[order] / 2
+    bounds = torch.tensor(counts).cumsum(0)
+    part_of = torch.empty(len(units), dtype=torch.int64)
+    part_of[order] = torch.searchsorted(bounds.to(middles), middles, right=True)
+    shuffled = torch.randperm(len(labels), generator=generator)
+    return [shuffled[part_of[unit_of[shuffled]] == part] for part in range(len(counts))]

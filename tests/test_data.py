@@ -389,6 +389,38 @@ def test_splits_hold_every_class_in_proportion():
         assert bool(((counts - expected).abs() <= 1).all())
 
 
+def test_a_split_keeps_tracks_whole_and_classes_in_proportion():
+    labels = torch.arange(43).repeat_interleave(300)
+    tracks = torch.arange(10).repeat_interleave(30).repeat(43)
+    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    labels, tracks = labels[shuffled], tracks[shuffled]
+    parts = split_indices(labels, [0.1, 0.2, 0.7], seed=0, tracks=tracks)
+    units = [set((labels[p] * 100 + tracks[p]).tolist()) for p in parts]
+    assert sum(len(p) for p in parts) == len(labels)
+    assert sum(map(len, units)) == len(units[0] | units[1] | units[2])
+    for part, tracks_of_a_class in zip(parts, (1, 2, 7), strict=True):
+        assert torch.equal(labels[part].bincount(), torch.full((43,), 30 * tracks_of_a_class))
+    again = split_indices(labels, [0.1, 0.2, 0.7], seed=0, tracks=tracks)
+    assert all(map(torch.equal, parts, again))
+    other = split_indices(labels, [0.1], seed=1, tracks=tracks)
+    assert set((labels[other[0]] * 100 + tracks[other[0]]).tolist()) != units[0]
+    with pytest.raises(ValueError, match="tracks: expected as many as labels"):
+        split_indices(10, [5], seed=0, tracks=torch.zeros(10, dtype=torch.int64))
+
+
+def test_tracks_are_read_with_their_split(tmp_path):
+    x, y = np.zeros((6, 4, 4, 3), np.uint8), np.arange(6) % 2
+    track = np.array([0, 0, 1, 1, 2, 2])
+    save_npz(tmp_path / "films.npz", train_x=x, train_y=y, train_track=track)
+    data = load_images(tmp_path / "films.npz", split="train", image_size=8)
+    assert data.tracks is not None
+    assert data.tracks.tolist() == track.tolist()
+    assert data.subset(torch.tensor([4, 0])).tracks.tolist() == [2, 0]
+    save_npz(tmp_path / "bad.npz", x=x, y=y, track=track[:5])
+    with pytest.raises(ValueError, match=r"track: expected 6 integers, as y, got int64 \(5,\)"):
+        load_images(tmp_path / "bad.npz")
+
+
 @pytest.mark.parametrize("sizes", [[60, 60], [0.6, 0.6], [-1], [1.5]])
 def test_splits_that_cannot_be_made_are_refused(sizes):
     with pytest.raises(ValueError, match="sizes: expected"):

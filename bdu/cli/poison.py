@@ -82,7 +82,10 @@ def run(options: argparse.Namespace) -> None:
     classes = max(train.num_classes, evaluator.num_classes)
     shares = (options.defender_clean, options.defender_triggered, options.retune)
     clean, triggered, retune, rest = split_indices(
-        train.y, [*shares, len(train) - sum(round(s * len(train)) for s in shares)], options.seed
+        train.y,
+        [*shares, len(train) - sum(round(s * len(train)) for s in shares)],
+        options.seed,
+        tracks=train.tracks,
     )
     # The defender's triggered samples are of other classes than the target, as the attacker's are.
     wanted = target_labels(train.y, target, classes)
@@ -244,7 +247,9 @@ def _parts(options: argparse.Namespace) -> tuple[ImageData, ImageData]:
     if options.eval_split is not None:
         evaluation = common.images(options.data, options, "--data", options.eval_split, like=train)
         return train, evaluation
-    held_out, rest = split_indices(train.y, [EVALUATOR_SHARE, 1 - EVALUATOR_SHARE], options.seed)
+    held_out, rest = split_indices(
+        train.y, [EVALUATOR_SHARE, 1 - EVALUATOR_SHARE], options.seed, tracks=train.tracks
+    )
     return train.subset(rest), train.subset(held_out)
 
 
