@@ -5,8 +5,8 @@
     python bench/prepare.py --gtsrb --out gtsrb.npz         GTSRB at 32x32, with train_track
 
 The output holds train_x, train_y, test_x, test_y (x uint8 NHWC, y int64) and, where known,
-classes. GTSRB's train_track numbers the tracks within a class: 30 near-identical frames each, so
-that `bdu poison` splits them by (label, track). The SHA-256 printed for decoded JPEGs depends on the JPEG
+classes. GTSRB's train_track numbers the tracks within a class, 30 near-identical frames each, and
+`bdu poison` splits by (label, track). The SHA-256 printed for decoded JPEGs depends on the JPEG
 decoder, so compare it before comparing figures between machines.
 """
 
