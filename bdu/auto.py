@@ -5,9 +5,9 @@
     s_t(f) = share of held-out images of other classes that f calls t under δ_t
     gap = max_t s_t(f_bd) − s_t(A)                        and likewise of one δ away from all labels
     gap < `threshold`: f_bd looks clean and is returned as it is
-    else of all candidates whose clean accuracy is within `accuracy_margin` of the best one's, that
-    with the lowest residue = max s_t over the suspicious t, and of two alike the one whose residue
-    half-way on the line back to f_bd is lower
+    else of the candidates that lower the residue = max s_t over the suspicious t by `threshold`,
+    and whose clean accuracy is within `accuracy_margin` of the best such, that with the lowest
+    residue, and of two alike the one whose residue half-way on the line back to f_bd is lower
 
 One perturbation for all images also fools a model that was never backdoored, but what fools it
 still fools it after a new last layer and a few epochs of clean images: natural weaknesses are in
@@ -208,21 +208,24 @@ def _chosen(
         residue, half_way = (float(_successes(f, data, probes)[suspicious].max()) for f in ends)
         judged[name] = share_called(ends[0], data.clean_validation), residue, half_way
     count = len(data.clean_validation)
-    best = max(accuracy for accuracy, _, _ in judged.values())
+    worked = float(_successes(course.before, data, probes)[suspicious].max())
+    # Accuracy decides among removals alone: where the suspect model was trained on the defender's
+    # own images, leaving it as it is looks best.
+    removed = {n: values for n, values in judged.items() if values[1] <= worked - s.threshold}
+    best = max(accuracy for accuracy, _, _ in (removed or judged).values())
     least = best - s.accuracy_margin - standard_error(best, count)
-    good = {name: values for name, values in judged.items() if values[0] >= least}
+    good = {n: values for n, values in (removed or judged).items() if values[0] >= least}
     # What the validation split cannot tell apart counts as alike.
     apart = 2 * standard_error(min(residue for _, residue, _ in good.values()), count)
     name = min(good, key=lambda n: (round(good[n][1] / apart), good[n][2]))
     accuracy, residue, half_way = judged[name]
-    worked = float(_successes(course.before, data, probes)[suspicious].max())
     classes = [str(t) for t in suspicious.nonzero().flatten().tolist() if t < len(suspicious) - 1]
     reason = (
         f"chose {name} of {', '.join(judged)}: a perturbation that turned {worked:.2f} of held-out "
         f"images (to class {', '.join(classes) or 'any'}) turns {residue:.2f} after it and "
         f"{half_way:.2f} half-way back; clean accuracy {accuracy:.3f} on the validation split"
     )
-    if residue >= s.threshold:
+    if not removed:
         reason += "; that is no removal, and no candidate found one"
     return name, reason
 

@@ -116,6 +116,13 @@ def test_the_least_residue_wins_among_those_that_kept_their_accuracy(planted, cl
     assert name in ("cleaned", "blank")
 
 
+def test_what_removes_nothing_is_not_chosen_for_its_accuracy(planted, cleaned):
+    suspect, good = planted.model.state_dict(), cleaned.model.state_dict()
+    worse = {n: v * (0.7 if v.is_floating_point() else 1) for n, v in good.items()}
+    name, _ = judge(planted, {"suspect": suspect, "cleaned": worse}, accuracy_margin=0.0)
+    assert name == "cleaned"
+
+
 def test_it_says_so_where_nothing_helped(planted, cleaned):
     data = DefenderData.split(planted.clean, None, seed=0, device=torch.device("cpu"))
     s = auto.Settings(probe_steps=20)
