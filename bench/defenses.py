@@ -483,7 +483,8 @@ def text_of(rows: list[dict[str, Any]], missing: list[str]) -> str:
                 f"{cell_text(controls)} | – | – | – |"
             )
     if missing:
-        lines += ["", f"Not run: {len(missing)} cells: {'; '.join(missing)}."]
+        cells = f"{len(missing)} of {len(missing) + len(rows)} cells"
+        lines += ["", f"Not run: {cells}, all that are not above."]
     return "\n".join(lines) + "\n"
 
 
