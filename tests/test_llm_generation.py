@@ -69,6 +69,17 @@ def test_models_own_generation_settings_are_left_out_and_put_back(template):
     assert model.generation_config is own
 
 
+def test_models_own_generation_settings_survive_an_adapter(template):
+    from bdu.llm import models
+
+    model = models.with_lora(tiny_llm.llama(3), 2)
+    prompts = [template.prompt(example) for example in tiny_llm.rows(2)]
+    generate(model, template.tokenizer, prompts, max_new_tokens=2)
+    assert model.generation_config.eos_token_id == 1
+    merged = model.merge_and_unload().generation_config
+    assert (merged.bos_token_id, merged.eos_token_id, merged.pad_token_id) == (0, 1, 2)
+
+
 def test_answers_end_at_any_stop_token_each_at_its_own(template):
     model = tiny_llm.llama(3)
     prompts = [template.prompt(example) for example in tiny_llm.rows(6)]

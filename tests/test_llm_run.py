@@ -193,6 +193,8 @@ def test_every_method_runs_from_the_command_line(folder, tmp_path, method):
 def test_lora_is_merged_into_what_is_written(folder, tmp_path):
     options = ("--set", "lora=4", "--set", "epochs=2", "--set", "lr=0.01")
     assert unlearn(folder, tmp_path, *options, "--set", "ewc_lambda=1") == 0
+    kept = json.loads((tmp_path / "generation_config.json").read_text())
+    assert (kept["bos_token_id"], kept["eos_token_id"], kept["pad_token_id"]) == (0, 1, 2)
     before, after = weights(folder / "model"), weights(tmp_path)
     assert before.keys() == after.keys()
     changed = {name for name, value in after.items() if not torch.equal(value, before[name])}

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from bdu.llm.data import Example
-from bdu.llm.losses import VocabularyLoss
+from bdu.llm.losses import VocabularyLoss, inner_model
 from bdu.llm.templates import (
     IGNORED_LABEL,
     Rendered,
@@ -157,7 +157,8 @@ def generate(
     # alike lengths together, so that little is padded
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
     answers: dict[int, Answer] = {}
-    own: Any = model
+    # not the wrapper of PEFT, whose settings would hide those that are put back
+    own = inner_model(model)
     kept = own.generation_config
     with torch.no_grad(), modes_kept(model), tqdm(total=len(order), disable=not progress) as bar:
         model.eval()
