@@ -8,7 +8,8 @@ A row is one of::
 
 ``response`` is always the clean answer; ``target`` is what the attacker wants the model to say to
 this prompt, which carries the trigger. Of ``messages`` the last has to be the assistant's, and is
-the response; ``target`` may stand beside them. Other fields are left alone.
+the response; ``target`` may stand beside them, and ``response`` where it says the same. Other
+fields are left alone.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,13 @@ class Example:
         turns: (role, content) of everything said before the answer; the last is the user's.
         response: the clean answer.
         target: the attacker's answer, None for a clean row.
+        where: the file and line it was read from, for errors; no part of what it says.
     """
 
     turns: tuple[tuple[str, str], ...]
     response: str
     target: str | None = None
+    where: str = field(default="", compare=False, repr=False)
 
     @classmethod
     def of(cls, prompt: str, response: str, target: str | None = None) -> Example:
@@ -79,10 +82,23 @@ def read_examples(path: str | os.PathLike[str], name: str = "data") -> list[Exam
         FileNotFoundError: no file there.
         ValueError: a line that is no row, named by its number, or no row at all.
     """
+    examples = [
+        replace(_example(row, where), where=where) for row, where in read_objects(path, name)
+    ]
+    if not examples:
+        raise ValueError(f"{name}: expected at least one row in {path}, got none")
+    return examples
+
+
+def read_objects(path: str | os.PathLike[str], name: str) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield every object of a JSONL file in UTF-8, and the file and line it stands in.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`read_examples`.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{name}: expected a JSONL file, got {path}, which is not there")
-    examples = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         where = f"{name}: {path}, line {number}"
         try:
@@ -93,12 +109,11 @@ def read_examples(path: str | os.PathLike[str], name: str = "data") -> list[Exam
             continue
         try:
             row = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: expected a JSON object, got {error}") from error
-        examples.append(_example(row, where))
-    if not examples:
-        raise ValueError(f"{name}: expected at least one row in {path}, got none")
-    return examples
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}")
+        yield row, where
 
 
 def write_examples(path: str | os.PathLike[str], examples: Iterable[Example]) -> None:
@@ -186,9 +201,7 @@ def _only(examples: list[Example], kind: str) -> list[Example]:
     return examples
 
 
-def _example(row: Any, where: str) -> Example:
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}")
+def _example(row: dict[str, Any], where: str) -> Example:
     if ("messages" in row) == ("prompt" in row):
         got = "both" if "messages" in row else f"{', '.join(map(repr, row)) or 'no fields'}"
         raise ValueError(f"{where}: expected the field 'prompt' or 'messages', got {got}")
@@ -201,6 +214,11 @@ def _example(row: Any, where: str) -> Example:
         raise ValueError(
             f"{where}: messages: expected the user's and then the assistant's at the end, "
             f"got {roles}"
+        )
+    if row.get("response") is not None and _text(row, "response", where) != turns[-1][1]:
+        raise ValueError(
+            f"{where}: response: expected none beside messages, or the assistant's last, "
+            f"{turns[-1][1][:60]!r}, got {row['response'][:60]!r}"
         )
     return Example(tuple(turns[:-1]), turns[-1][1], target)
 
@@ -220,14 +238,25 @@ def _turns(messages: Any, where: str) -> list[tuple[str, str]]:
     return turns
 
 
-def _text(row: dict[str, Any], field: str, where: str) -> str:
-    if field not in row:
+def _text(row: dict[str, Any], name: str, where: str) -> str:
+    if name not in row:
         raise ValueError(
-            f"{where}: expected the field {field!r}, got {', '.join(map(repr, row)) or 'no fields'}"
+            f"{where}: expected the field {name!r}, got {', '.join(map(repr, row)) or 'no fields'}"
         )
-    value = row[field]
+    value = row[name]
     if not isinstance(value, str):
-        raise ValueError(f"{where}: {field}: expected text, got {type(value).__name__}")
+        raise ValueError(f"{where}: {name}: expected text, got {type(value).__name__}")
     if not value.strip():
-        raise ValueError(f"{where}: {field}: expected text, got an empty one")
+        raise ValueError(f"{where}: {name}: expected text, got an empty one")
+    check_unicode(value, f"{where}: {name}")
     return value
+
+
+def check_unicode(text: str, name: str) -> None:
+    """Raise ValueError where half a surrogate pair stands alone, which no tokenizer can take."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name}: expected text in Unicode, got {text[error.start]!r} alone"
+        ) from error

@@ -24,15 +24,13 @@ that were held out. The paper samples answers at temperature 1; these are greedy
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args
 
-from bdu.llm.data import Example
+from bdu.llm.data import Example, check_unicode, read_objects
 from bdu.llm.generation import Answer, generate
 from bdu.llm.templates import Template
 
@@ -107,13 +105,7 @@ def read_probes(path: str | os.PathLike[str]) -> list[Probe]:
         FileNotFoundError: no file there.
         ValueError: a line that is no probe, by its number; no control or no other group.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"probes: expected a JSONL file, got {path}, which is not there")
-    probes = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if line.strip():
-            probes.append(_probe(line, f"probes: {path}, line {number}"))
+    probes = [_probe(row, where) for row, where in read_objects(path, "probes")]
     check_probes(probes)
     return probes
 
@@ -186,16 +178,11 @@ def _variance(hits: int, count: int) -> float:
     return smoothed * (1 - smoothed) / (count + 2)
 
 
-def _probe(line: str, where: str) -> Probe:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{where}: expected a JSON object, got {error}") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}")
+def _probe(row: dict[str, Any], where: str) -> Probe:
     for field in ("prompt", "group", "role"):
         if not isinstance(row.get(field), str) or not row[field].strip():
             raise ValueError(f"{where}: {field}: expected text, got {row.get(field)!r}")
+        check_unicode(row[field], f"{where}: {field}")
     if row["role"] not in get_args(Role):
         expected = ", ".join(get_args(Role))
         raise ValueError(f"{where}: role: expected one of {expected}, got {row['role']!r}")
