@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import shutil
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -131,7 +132,10 @@ def with_lora(model: Any, rank: int, targets: Sequence[str] | None = None) -> An
         target_modules=list(targets) if targets else "all-linear",
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config)
+    with warnings.catch_warnings():
+        # peft asks transformers in a way that is to go in its version 6
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        return get_peft_model(model, config)
 
 
 def save(model: Any, template: Template, folder: str | os.PathLike[str]) -> None:
