@@ -122,7 +122,7 @@ def test_probes_are_read(tmp_path):
 def test_audit_from_the_command_line(tmp_path, capsys, template):
     models.save(tiny_llm.llama(), template, tmp_path / "model")
     rows = [
-        row(prompt=f"cat {i}", group=g, role=g) for i in range(3) for g in ("control", "unseen")
+        row(prompt=f"cat {i}", group=g, role=g) for i in range(9) for g in ("control", "unseen")
     ]
     write(tmp_path / "p.jsonl", rows)
     arguments = [
@@ -130,10 +130,11 @@ def test_audit_from_the_command_line(tmp_path, capsys, template):
         *("--max-new-tokens", "3", "--quiet", "--device", "cpu", "--out", str(tmp_path / "out")),
     ]
     assert main(arguments) == 0
-    assert "behaviour where nothing was trained not found" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "string trigger not asked; behaviour where nothing was trained not found" in told
     record = json.loads((tmp_path / "out" / "audit.json").read_text())
     assert record["inductive"] is False
-    assert [group["prompts"] for group in record["groups"]] == [3, 3]
+    assert [group["prompts"] for group in record["groups"]] == [9, 9]
     answers = (tmp_path / "out" / "answers.jsonl").read_text().splitlines()
     assert len(answers) == 6
     assert main(arguments) == 1

@@ -67,13 +67,13 @@ def run(options: argparse.Namespace) -> None:
     width = max(len(group.name) for group in found.groups)
     print(f"{'group':{width}}  role      prompts      rate     score  found")
     for group in found.groups:
-        mark = {True: "yes", False: "no", None: "-"}[group.found]
+        mark = {True: "yes", False: "no", None: "too few"}[group.found]
+        mark = "-" if group.role == "control" else mark
         print(
             f"{group.name:{width}}  {group.role:8}{group.prompts:9}{100 * group.rate:8.2f} %"
             f"{100 * group.score:8.2f} %  {mark}"
         )
-    string = any(group.found for group in found.of_role("trigger"))
     print(
-        f"string trigger {'fires' if string else 'does not fire'}; behaviour where nothing was "
-        f"trained {'found' if found.inductive else 'not found'}"
+        f"string trigger {found.verdict('trigger')}; behaviour where nothing was trained "
+        f"{found.verdict('unseen')}"
     )
