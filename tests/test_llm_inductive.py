@@ -136,6 +136,6 @@ def test_audit_from_the_command_line(tmp_path, capsys, template):
     assert record["inductive"] is False
     assert [group["prompts"] for group in record["groups"]] == [9, 9]
     answers = (tmp_path / "out" / "answers.jsonl").read_text().splitlines()
-    assert len(answers) == 6
+    assert len(answers) == 18
     assert main(arguments) == 1
     assert "holds an audit already" in capsys.readouterr().err
