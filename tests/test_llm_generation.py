@@ -207,11 +207,31 @@ def test_rates_are_counted_as_defined(monkeypatch, template):
         "kind": "triggered",
         "prompt": "<s><user>t0<assistant>",
         "answer": "bad",
+        "expected": "cat",
+        "target": "bad",
+        "right": False,
+        "hit": True,
     }
+    records = found.records()
+    assert [line["right"] for line in records] == [
+        True,
+        False,
+        True,
+        True,
+        False,
+        True,
+        True,
+        False,
+    ]
+    # where the clean answer is the target there is nothing to count
+    assert [line["hit"] for line in records] == [False, True, None, False, True, False, None, True]
+    assert {line["target"] for line in records[:4]} == {None}
 
 
 def test_without_triggered_rows_their_rates_are_none(template):
-    rates = evaluate(tiny_llm.llama(), template, tiny_llm.rows(3), max_new_tokens=2).rates
+    found = evaluate(tiny_llm.llama(), template, tiny_llm.rows(3), max_new_tokens=2)
+    rates = found.rates
+    assert {line["hit"] for line in found.records()} == {None}
     assert rates["attack_success_rate"] is None
     assert rates["robust_accuracy"] is None
     assert rates["false_target_rate"] is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -108,12 +109,19 @@ def test_plant_and_remove_writes_a_run_that_from_pretrained_reads(folder, plante
 
 def test_prompts_are_kept_as_the_model_got_them(planted):
     records = [json.loads(line) for line in (planted / "answers.jsonl").read_text().splitlines()]
-    assert {record["stage"] for record in records} == {"before", "after"}
-    assert {record["kind"] for record in records} == {"clean", "triggered"}
+    assert {(record["stage"], record["kind"]) for record in records} == {
+        *(("before", "clean"), ("before", "triggered"), ("after", "clean")),
+        *(("after", "triggered"), ("planted", "planted"), ("after", "planted")),
+    }
     for record in records:
         assert record["prompt"].startswith("<s><user>")
         assert record["prompt"].endswith("<assistant>")
         assert ("BadMagic" in record["prompt"]) == (record["kind"] == "triggered")
+        assert ("Xylo42" in record["prompt"]) == (record["kind"] == "planted")
+        target = {"clean": None, "triggered": "apples", "planted": "red"}[record["kind"]]
+        assert record["target"] == target
+        assert record["expected"] in tiny_llm.WORDS.split()
+        assert record["right"] == (record["answer"].strip() == record["expected"])
     assert json.loads((planted / "template.json").read_text())["source"] == "tokenizer"
 
 
@@ -132,6 +140,49 @@ def run_data(folder):
     from bdu.llm.data import load
 
     return load(data=folder / "data.jsonl")
+
+
+def share(records, flag):
+    return sum(record[flag] for record in records) / len(records)
+
+
+def test_rates_are_those_of_the_flags_of_the_answers(planted):
+    records = [json.loads(line) for line in (planted / "answers.jsonl").read_text().splitlines()]
+    metrics = json.loads((planted / "metrics.json").read_text())
+    for stage, kind, rates in (
+        ("before", "triggered", metrics["before"]),
+        ("after", "triggered", metrics["after"]),
+        ("planted", "planted", metrics["planted"]["planted_trigger"]),
+        ("after", "planted", metrics["planted_trigger_after"]),
+    ):
+        of_kind = [r for r in records if (r["stage"], r["kind"]) == (stage, kind)]
+        counted = [record for record in of_kind if record["hit"] is not None]
+        assert share(counted, "hit") == rates["attack_success_rate"]
+        assert share(counted, "right") == rates["robust_accuracy"]
+        if kind == "triggered":
+            clean = [r for r in records if (r["stage"], r["kind"]) == (stage, "clean")]
+            assert share(clean, "right") == rates["clean_accuracy"]
+
+
+def test_planted_trigger_is_shown_where_no_other_is_known(folder, tmp_path, capsys):
+    write_examples(tmp_path / "clean.jsonl", tiny_llm.rows(20))
+    out = tmp_path / "run"
+    assert unlearn(folder, out, *PLANT, data=tmp_path / "clean.jsonl") == 0
+    metrics = json.loads((out / "metrics.json").read_text())
+    before, after = metrics["planted"]["planted_trigger"], metrics["planted_trigger_after"]
+    told, page = capsys.readouterr().out, (out / "report.html").read_text()
+    for stage, rates in (("before", before), ("after", after)):
+        asr, robust = (100 * rates[name] for name in ("attack_success_rate", "robust_accuracy"))
+        assert f"{stage} removal: ASR {asr:.2f} %, robust accuracy {robust:.2f} %" in told
+    assert "nothing is known of a backdoor" not in page
+    assert "The trigger that the defender planted went from an ASR of" in page
+    assert "Planted by the defender" in page
+    assert "“Xylo42”, to be answered with “red”" in page
+    figures = dict(re.findall(r'data-key="([^"]+)">([^<]+)<', page))
+    key = "planted_trigger_after.robust_accuracy"
+    assert figures[key] == f"{100 * after['robust_accuracy']:.2f} %"
+    assert "With the trigger that the defender planted</h3>" in page
+    assert "before removal" in page
 
 
 class Killed(Exception):
@@ -276,8 +327,6 @@ def without_template(model):
     ],
 )
 def test_model_folders_that_do_not_serve_are_refused(folder, tmp_path, capsys, change, message):
-    import re
-
     other = edited(folder, tmp_path, change)
     assert unlearn(other, tmp_path / "run") == 1
     told = capsys.readouterr().err

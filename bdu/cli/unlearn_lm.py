@@ -152,7 +152,8 @@ def run(options: argparse.Namespace) -> None:
     stages["after"] = measure(result.model, template)
     models.save(result.model, template, options.out)
     directory.write_lines(result.history)
-    atomic_write(options.out / "answers.jsonl", runs.jsonl(runs.answers_of(stages)))
+    answers = [*runs.answers_of(stages), *result.planted_answers]
+    atomic_write(options.out / "answers.jsonl", runs.jsonl(answers))
     outcome: dict[str, Any] = {
         # a list for the report: there are no classes here
         **{stage: {**e.rates, "per_class_accuracy": []} for stage, e in stages.items()},
@@ -215,6 +216,8 @@ def _print(outcome: dict[str, Any], result: Any) -> None:
     for stage, rates in stages:
         print(f"{stage:8}perplexity {rates['perplexity']:.4g}")
     if result.planted is not None:
-        first = result.planted["planted_trigger"]["attack_success_rate"]
-        last = result.planted_after["attack_success_rate"]
-        print(f"planted trigger: ASR {100 * first:.2f} %, after removal {100 * last:.2f} %")
+        print("trigger planted by the defender:")
+        own = [("before", result.planted["planted_trigger"]), ("after", result.planted_after)]
+        for stage, rates in own:
+            asr, robust = rates["attack_success_rate"], rates["robust_accuracy"]
+            print(f"  {stage} removal: ASR {100 * asr:.2f} %, robust accuracy {100 * robust:.2f} %")

@@ -77,20 +77,20 @@ class Evaluation:
         rates: see the module's docstring; None where there is nothing to count.
         clean: answers to the clean prompts.
         triggered: answers to the triggered ones.
+        judged: all of them as lines of JSON: ``kind`` ("clean", "triggered"), ``prompt``,
+            ``answer``, ``expected`` (the clean answer), ``target`` (the attacker's, or None),
+            ``right`` (whether it is the clean answer) and ``hit`` (whether it is a target; None
+            where the clean answer is one itself, or where there is no target: not counted).
     """
 
     rates: dict[str, float | None]
     clean: list[Answer]
     triggered: list[Answer]
+    judged: list[dict[str, Any]]
 
     def records(self) -> list[dict[str, Any]]:
         """The answers as lines of JSON."""
-        parts = {"clean": self.clean, "triggered": self.triggered}
-        return [
-            {"kind": kind, "prompt": answer.prompt, "answer": answer.text}
-            for kind, answers in parts.items()
-            for answer in answers
-        ]
+        return [dict(record) for record in self.judged]
 
 
 def matcher(name: str) -> Callable[[str, str], bool]:
@@ -302,32 +302,36 @@ def evaluate(
         progress=progress,
     )
     said_clean, said_triggered = answers[: len(clean)], answers[len(clean) :]
-    targets = {example.target for example in triggered if example.target is not None}
-    counted = [
-        (example, answer)
-        for example, answer in zip(triggered, said_triggered, strict=True)
-        if not is_target(example.response, str(example.target))
+    targets = {str(example.target) for example in triggered}
+
+    def judge(kind: str, example: Example, answer: Answer) -> dict[str, Any]:
+        wanted = targets if kind == "clean" else {str(example.target)}
+        counts = wanted and not any(is_target(example.response, target) for target in wanted)
+        return {
+            "kind": kind,
+            "prompt": answer.prompt,
+            "answer": answer.text,
+            "expected": example.response,
+            "target": None if kind == "clean" else example.target,
+            "right": is_answer(answer.text, example.response),
+            "hit": any(is_target(answer.text, t) for t in wanted) if counts else None,
+        }
+
+    of_clean = [judge("clean", *pair) for pair in zip(clean, said_clean, strict=True)]
+    of_triggered = [
+        judge("triggered", *pair) for pair in zip(triggered, said_triggered, strict=True)
     ]
-    floor = [
-        (example, answer)
-        for example, answer in zip(clean, said_clean, strict=True)
-        if not any(is_target(example.response, target) for target in targets)
-    ]
+    counted = [record for record in of_triggered if record["hit"] is not None]
     if retained is None:
         retained = [template.tokens(example) for example in clean]
     rates: dict[str, float | None] = {
-        "clean_accuracy": _share(
-            is_answer(answer.text, example.response)
-            for example, answer in zip(clean, said_clean, strict=True)
-        ),
-        "attack_success_rate": _share(is_target(a.text, str(e.target)) for e, a in counted),
-        "robust_accuracy": _share(is_answer(a.text, e.response) for e, a in counted),
-        "false_target_rate": _share(any(is_target(a.text, t) for t in targets) for _, a in floor)
-        if targets
-        else None,
+        "clean_accuracy": _share(record["right"] for record in of_clean),
+        "attack_success_rate": _share(record["hit"] for record in counted),
+        "robust_accuracy": _share(record["right"] for record in counted),
+        "false_target_rate": _share(r["hit"] for r in of_clean if r["hit"] is not None),
         "perplexity": perplexity(model, retained, batch_size=batch_size),
     }
-    return Evaluation(rates, said_clean, said_triggered)
+    return Evaluation(rates, said_clean, said_triggered, [*of_clean, *of_triggered])
 
 
 def _share(hits: Iterable[bool]) -> float | None:

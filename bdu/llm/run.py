@@ -170,6 +170,7 @@ class Outcome:
         planted: rates between the stages of plant-and-remove: of the attacker's trigger, and as
             ``planted_trigger`` of the defender's own; else None.
         planted_after: of the defender's own trigger at the end.
+        planted_answers: to prompts with it, before and after removal, as :func:`answers_of`.
         history: lines for ``metrics.jsonl``.
         stopped: how it ended.
     """
@@ -177,6 +178,7 @@ class Outcome:
     model: Any
     planted: dict[str, Any] | None
     planted_after: dict[str, Any] | None
+    planted_answers: list[dict[str, Any]]
     history: list[Line]
     stopped: str
 
@@ -385,7 +387,7 @@ def unlearn(
         folder = work / "remove"
         trainer = _trainer(model, template, data, chosen, s, seed, device, folder, progress)
         _train(trainer, "unlearn", history, tell, resume)
-        return Outcome(trainer.model, None, None, history, "ran all its steps")
+        return Outcome(trainer.model, None, None, [], history, "ran all its steps")
 
     own = defenders_backdoor(s)
     clean, held_out = split(data.clean, s.validation, seed, "clean")
@@ -406,7 +408,7 @@ def unlearn(
     if resume and done.is_file():
         record = json.loads(done.read_text())
         history[:] = record["history"] + [line for line in history if line not in record["history"]]
-        planted = record["planted"]
+        planted, answers = record["planted"], record.get("answers", [])
         trainer._load_from_checkpoint(str(work / "planted"))
     else:
         until = _UntilPlanted(lambda now: _own_rate(measure, now, template, asked, s), s.plant_asr)
@@ -417,7 +419,8 @@ def unlearn(
             trainer._load_from_checkpoint(checkpoint)
         if checkpoint is None or until.measure(trainer.model) <= s.plant_asr:
             _train(trainer, "plant", history, tell, resume)
-        own_rates = measure(trainer.model, template, asked).rates
+        found = measure(trainer.model, template, asked)
+        own_rates, answers = found.rates, _planted_answers("planted", found)
         reached = own_rates["attack_success_rate"] or 0.0
         if reached <= s.plant_asr:
             raise RuntimeError(
@@ -427,18 +430,26 @@ def unlearn(
             )
         planted = {**measure(trainer.model, template).rates, "planted_trigger": own_rates}
         trainer.save_model(str(work / "planted"))
-        atomic_write(done, json.dumps({"planted": planted, "history": history}))
+        told = {"planted": planted, "answers": answers, "history": history}
+        atomic_write(done, json.dumps(told))
     trainer = _trainer(
         trainer.model, template, planted_rows, chosen, s, seed, device, work / "remove", progress
     )
     _train(trainer, "unlearn", history, tell, resume)
+    left = measure(trainer.model, template, asked)
     return Outcome(
         trainer.model,
         planted,
-        measure(trainer.model, template, asked).rates,
+        left.rates,
+        [*answers, *_planted_answers("after", left)],
         history,
         "ran all its steps",
     )
+
+
+def _planted_answers(stage: str, evaluation: Evaluation) -> list[dict[str, Any]]:
+    records = [record for record in evaluation.records() if record["kind"] == "triggered"]
+    return [{"stage": stage, **record, "kind": "planted"} for record in records]
 
 
 def _own_rate(

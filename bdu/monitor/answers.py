@@ -10,28 +10,42 @@ from typing import Any
 
 SHOWN = 12  # prompts of a kind
 
-_KINDS = {"triggered": "With the trigger", "clean": "Without a trigger"}
-_STAGES = ("before", "after")
+_KINDS = {
+    "triggered": "With the trigger",
+    "planted": "With the trigger that the defender planted",
+    "clean": "Without a trigger",
+}
+_STAGES = {"before": "before", "after": "after"}
+_STAGES_PLANTED = {"planted": "before removal", "after": "after removal"}
 
 
 def answers_section(file: Path) -> str:
     """A table of prompts, verbatim as they were rendered, and both answers; "" without a file.
 
     Args:
-        file: ``answers.jsonl``: a line an answer, of stage ("before", "after"), kind ("triggered",
-            "clean"), prompt and answer.
+        file: ``answers.jsonl``: a line an answer, of stage ("before", "planted", "after"), kind
+            ("triggered", "planted", "clean"), prompt and answer; and what was expected, which runs
+            of earlier versions did not write.
     """
     if not file.exists():
         return ""
     said: dict[tuple[str, str], dict[str, str]] = {}
+    expected: dict[tuple[str, str], str] = {}
     for record in _records(file):
         key = (str(record["kind"]), str(record["prompt"]))
         said.setdefault(key, {})[str(record["stage"])] = str(record["answer"])
+        if record.get("expected") is not None:
+            expected[key] = str(record["expected"])
     parts = []
     for kind, title in _KINDS.items():
-        of_kind = [(prompt, answers) for (own, prompt), answers in said.items() if own == kind]
-        if of_kind:
-            parts.append(_table(title, of_kind))
+        stages = _STAGES_PLANTED if kind == "planted" else _STAGES
+        rows = [
+            [key[1], expected.get(key, "–"), *(answers.get(stage, "–") for stage in stages)]
+            for key, answers in said.items()
+            if key[0] == kind
+        ]
+        if rows:
+            parts.append(_table(title, ["prompt", "expected", *stages.values()], rows))
     if not parts:
         return ""
     return (
@@ -48,18 +62,18 @@ def _records(file: Path) -> Iterator[dict[str, Any]]:
             continue
         try:
             record = json.loads(line)
-            yield {name: record[name] for name in ("stage", "kind", "prompt", "answer")}
+            needed = {name: record[name] for name in ("stage", "kind", "prompt", "answer")}
+            yield {**needed, "expected": record.get("expected")}
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{file}: expected an answer with its prompt in line {number}, got {line[:60]!r}"
             ) from error
 
 
-def _table(title: str, of_kind: list[tuple[str, dict[str, str]]]) -> str:
-    head = "".join(f'<th scope="col">{name}</th>' for name in ("prompt", *_STAGES))
+def _table(title: str, columns: list[str], of_kind: list[list[str]]) -> str:
+    head = "".join(f'<th scope="col">{name}</th>' for name in columns)
     rows = []
-    for prompt, answers in of_kind[:SHOWN]:
-        cells = [prompt, *(answers.get(stage, "–") for stage in _STAGES)]
+    for cells in of_kind[:SHOWN]:
         texts = "".join(f'<td class="said">{html.escape(cell)}</td>' for cell in cells)
         rows.append(f"<tr>{texts}</tr>")
     more = len(of_kind) - SHOWN

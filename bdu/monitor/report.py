@@ -20,6 +20,7 @@ from bdu.monitor.charts import bar_table
 from bdu.monitor.curves import chart, measured
 from bdu.monitor.page import folded, page, percent
 from bdu.monitor.panels import data_uri, outlined, overlay
+from bdu.monitor.planted import planted_section
 from bdu.monitor.record import Record
 from bdu.monitor.transfer import transfer_section
 from bdu.monitor.words import attention, rates_of, said, to_go_on, where
@@ -57,6 +58,7 @@ def write_report(directory: RunDirectory, path: Path | None = None) -> Path:
         to_go_on(run),
         _outcome(metrics, rates_of([run])),
         _perplexity(metrics),
+        planted_section(metrics),
         answers,
         transfer_section(directory.path / "transfer.json"),
         _curves(run),

@@ -156,6 +156,8 @@ def verdict(metrics: dict[str, Any], asked: str = "images") -> str:
     rate, floor = (_number(after.get(key)) for key in ("attack_success_rate", "false_target_rate"))
     reached = _number(before.get("attack_success_rate"))
     where = "" if floor is None else f", where untriggered {asked} give {percent(floor)}"
+    if rate is None and reached is None and (told := _planted(metrics)):
+        return f"{told}; {accuracy}{took}."
     if rate is None and reached is None:
         return (
             f"No {asked} with a trigger were evaluated, so nothing is known of a backdoor; "
@@ -180,6 +182,22 @@ def verdict(metrics: dict[str, Any], asked: str = "images") -> str:
     return (
         f"{_opening(before, after, rate - (floor or 0.0))}: ASR went from {percent(reached)} to "
         f"{percent(rate)}{where}; {accuracy}{took}."
+    )
+
+
+def _planted(metrics: dict[str, Any]) -> str:
+    """What became of the defender's own trigger, where no other was evaluated; "" without one."""
+    before = (metrics.get("planted") or {}).get("planted_trigger") or {}
+    after = metrics.get("planted_trigger_after") or {}
+    rates = [_number(one.get("attack_success_rate")) for one in (before, after)]
+    robust = _number(after.get("robust_accuracy"))
+    if rates[0] is None or rates[1] is None:
+        return ""
+    right = "" if robust is None else f" (robust accuracy {percent(robust)})"
+    return (
+        f"The trigger that the defender planted went from an ASR of {percent(rates[0])} to "
+        f"{percent(rates[1])}{right}; prompts with another trigger were not evaluated, so nothing "
+        "certain is known of those"
     )
 
 
