@@ -561,6 +561,36 @@ def test_the_inversion_finds_the_planted_target_and_place():
     assert moved.argmax() == 0
 
 
+class TwoPixels(OnePixel):
+    """And more of another pixel means class 7, unless it is cleaned."""
+
+    def __init__(self, cleaned):
+        super().__init__()
+        self.slope = 0 if cleaned else 15
+
+    def forward(self, x):
+        return (
+            super().forward(x)
+            + self.slope * functional.one_hot(torch.tensor(7), 10) * x[:, 0, 9, 9:10]
+        )
+
+
+@pytest.mark.parametrize(("against", "target", "place"), [(False, 3, 0), (True, 7, 9 * 12 + 9)])
+def test_against_a_reference_the_inversion_leaves_weak_spots_that_both_have(against, target, place):
+    y = torch.arange(200) % 10
+    x = torch.zeros(200, 1, 12, 12)
+    x[torch.arange(200), 0, 2, y] = 0.8
+    model, reference = TwoPixels(cleaned=False).eval(), TwoPixels(cleaned=True).eval()
+    found = invert_trigger(
+        *(model, Samples(x, y)),
+        seed=0,
+        settings=Inversion(width=4),
+        against=reference if against else None,
+    )
+    assert float(found.targets[y.unique() != target, target].min()) > 0.8
+    assert (found.operator(x) - x).abs().mean((0, 1)).argmax() == place
+
+
 # What is done to a removal.
 
 
