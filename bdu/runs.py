@@ -2,7 +2,8 @@
 
 ``config.yaml`` (the settings), ``metrics.jsonl`` (a line a look, epoch or step), ``metrics.json``
 (the outcome; a run that has not ended has none), ``model.safetensors`` and ``report.html``. Every
-file is written whole or not at all. Shares are in [0, 1]; what is no number is null.
+file is written whole or not at all, but for lines that are added to ``metrics.jsonl``. Shares are
+in [0, 1]; what is no number is null.
 
 ``metrics.json`` has all of these keys, null where nothing was measured or there is no such thing:
 
@@ -128,18 +129,26 @@ class RunDirectory:
         text = "".join(json.dumps(_plain(line)) + "\n" for line in lines)
         atomic_write(self.path / "metrics.jsonl", text)
 
+    def add_line(self, line: dict[str, Any]) -> None:
+        """Add one to ``metrics.jsonl``."""
+        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(_plain(line)) + "\n")
+
     def read_lines(self) -> list[dict[str, Any]]:
         """The lines of ``metrics.jsonl``, with the names of today; none where there is no file."""
         file = self.path / "metrics.jsonl"
         if not file.exists():
             return []
         lines = []
-        for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+        texts = file.read_text(encoding="utf-8").split("\n")
+        for number, line in enumerate(texts, 1):
             if not line.strip():
                 continue
             try:
                 lines.append(json.loads(line))
             except ValueError as error:
+                if number == len(texts):
+                    continue  # without an end: a power cut came while it was added
                 raise ValueError(
                     f"{file}: expected JSON in line {number}, got {line[:60]!r}"
                 ) from error

@@ -20,6 +20,7 @@ from bdu.llm.methods import METHODS
 from bdu.llm.run import Settings
 from bdu.llm.templates import Template
 from bdu.llm.trainer import UnlearnTrainer
+from bdu.runs import RunDirectory
 
 # peft asks transformers in a way that is to go in its version 6
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -232,6 +233,61 @@ def test_killed_run_resumes_to_the_same_weights(folder, planted, tmp_path, monke
     assert lines == (planted / "metrics.jsonl").read_text()
 
 
+@pytest.mark.parametrize(("phase", "step"), [("plant", 7), ("unlearn", 11)])
+def test_run_killed_within_an_epoch_resumes_to_the_same_weights(
+    folder, planted, tmp_path, monkeypatch, phase, step
+):
+    options = (*PLANT, "--set", "save_steps=3")
+    out = tmp_path / "run"
+    original = UnlearnTrainer.training_step
+
+    def killed(self, *args, **kwargs):
+        lines = RunDirectory(out).read_lines()
+        own = [line for line in lines if line["phase"] == phase]
+        if len(own) == self.state.global_step == step:  # every step has told its line
+            raise Killed
+        return original(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(UnlearnTrainer, "training_step", killed)
+        with pytest.raises(Killed):
+            unlearn(folder, out, *options)
+    stage = "plant" if phase == "plant" else "remove"
+    kept = [path.name for path in (out / "checkpoints" / stage).iterdir()]
+    assert kept == [f"checkpoint-{step - step % 3}"]
+    assert unlearn(folder, out, *options, "--resume") == 0
+    assert_same(weights(out), weights(planted))
+    for name in ("metrics.jsonl", "answers.jsonl"):
+        assert (out / name).read_text() == (planted / name).read_text()
+
+
+def test_line_that_a_power_cut_left_half_is_left_out(tmp_path):
+    run = RunDirectory(tmp_path)
+    for step in (1, 2):
+        run.add_line({"step": step, "loss": float("nan")})
+    file = tmp_path / "metrics.jsonl"
+    whole = file.read_text()
+    file.write_text(whole + '{"step": 3, "lo')
+    assert run.read_lines() == [{"step": 1, "loss": None}, {"step": 2, "loss": None}]
+    file.write_text(whole[:-4] + "\n" + whole)
+    with pytest.raises(ValueError, match=r"metrics\.jsonl: expected JSON in line 2"):
+        run.read_lines()
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_method_resumes_within_an_epoch(folder, tmp_path, monkeypatch, method):
+    more = ("--set", "parameter=null") if method == "rmu" else ()
+    options = ("--method", method, *more, "--set", "save_steps=3", "--set", "batch_size=4")
+    options = (*options, "--set", "epochs=2", "--set", "lr=0.01")
+    assert unlearn(folder, tmp_path / "whole", *options) == 0
+    with monkeypatch.context() as patch:
+        kill_at(patch, "remove", 3)
+        with pytest.raises(Killed):
+            unlearn(folder, tmp_path / "run", *options)
+    assert unlearn(folder, tmp_path / "run", *options, "--resume") == 0
+    assert_same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+
+
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_every_method_runs_from_the_command_line(folder, tmp_path, method):
     more = ("--set", "parameter=null") if method == "rmu" else ()
@@ -339,6 +395,7 @@ def test_model_folders_that_do_not_serve_are_refused(folder, tmp_path, capsys, c
     [
         (("--method", "magic"), "method: expected one of clean-answer"),
         (("--set", "beta=1"), "beta: expected a setting of clean-answer (none)"),
+        (("--set", "save_steps=-1"), "save_steps: expected a whole number >= 0"),
         (("--set", "epochs=0"), "epochs: expected a number > 0"),
         (("--set", "epochs=many"), "epochs: expected a number, got 'many'"),
         (("--set", "bf16=1"), "bf16: expected true or false"),

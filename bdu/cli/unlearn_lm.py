@@ -147,6 +147,7 @@ def run(options: argparse.Namespace) -> None:
         known=directory.read_lines(),
         progress=not options.quiet,
         tell=directory.write_lines,
+        add=directory.add_line,
     )
     seconds = time.perf_counter() - began
     stages["after"] = measure(result.model, template)

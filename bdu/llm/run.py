@@ -65,6 +65,9 @@ class Settings:
         gradient_checkpointing: run layers again in the backward pass.
         gradient_release: step parameters as their gradients arrive; needs max_grad_norm 0.
         loss_path: see :class:`bdu.llm.losses.VocabularyLoss`.
+        save_steps: a checkpoint every so many steps, and at the end of every epoch and stage; the
+            last alone is kept. It takes as many bytes as weights and optimizer; 0 leaves out those
+            within an epoch.
         validation: share of the rows that is cut off to measure on.
         plant_epochs: of plant-and-remove's first stage, at most.
         plant_asr: the rate at which it ends.
@@ -89,6 +92,7 @@ class Settings:
     gradient_checkpointing: bool = False
     gradient_release: bool = False
     loss_path: LossPath = "auto"
+    save_steps: int = 50
     validation: float = 0.2
     plant_epochs: int = 5
     plant_asr: float = 0.9
@@ -110,6 +114,8 @@ class Settings:
         for name in ("batch_size", "accumulation", "fisher_samples", "plant_epochs"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a whole number >= 1, got {getattr(self, name)}")
+        if not isinstance(self.save_steps, int) or self.save_steps < 0:
+            raise ValueError(f"save_steps: expected a whole number >= 0, got {self.save_steps}")
         for name in ("lr", "weight_decay", "max_grad_norm", "ewc_lambda", "lora"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)}")
@@ -306,20 +312,28 @@ def check_planting(template: Template, data: TextData, s: Settings) -> None:
 class _Told(TrainerCallback):
     """Hands on what Trainer logs."""
 
-    def __init__(self, phase: str, history: list[Line], tell: Callable[[list[Line]], None]) -> None:
-        self.phase, self.history, self.tell = phase, history, tell
+    def __init__(self, phase: str, history: list[Line], add: Callable[[Line], None]) -> None:
+        self.phase, self.history, self.add = phase, history, add
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if logs and "loss" in logs:
-            known = {line["step"] for line in self.history if line["phase"] == self.phase}
-            if state.global_step not in known:  # a run that is resumed logs some twice
-                names = ("loss", "grad_norm", "learning_rate", "epoch")
-                values = {name: logs[name] for name in names if name in logs}
-                counts = {"step": state.global_step, "steps": state.max_steps}
-                self.history.append({"phase": self.phase, **counts, **values})
+            names = ("loss", "grad_norm", "learning_rate", "epoch")
+            values = {name: logs[name] for name in names if name in logs}
+            counts = {"step": state.global_step, "steps": state.max_steps}
+            self.history.append({"phase": self.phase, **counts, **values})
+            self.add(self.history[-1])  # before the checkpoint that a run is resumed from
 
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.tell(self.history)  # before the checkpoint that a run is resumed from
+
+class _EverySteps(TrainerCallback):
+    """Checkpoints within epochs."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        # at the end of an epoch there is one in any case
+        if self.steps and state.global_step % self.steps == 0 and not _is_whole(state.epoch):
+            control.should_save = True
 
 
 class _UntilPlanted(TrainerCallback):
@@ -352,6 +366,7 @@ def unlearn(
     known: Sequence[Line] = (),
     progress: bool = True,
     tell: Callable[[list[Line]], None] = lambda lines: None,
+    add: Callable[[Line], None] = lambda line: None,
 ) -> Outcome:
     """Unlearn, in one stage or two.
 
@@ -370,7 +385,9 @@ def unlearn(
         resume: continue from there.
         known: the lines that a run which is resumed has told already.
         progress: show progress bars.
-        tell: called with all lines whenever there is a new one.
+        tell: called with all lines so far at the start of a stage, without those after the
+            checkpoint where a run is resumed.
+        add: called with every new line, step by step.
 
     Raises:
         ValueError: settings that do not go together.
@@ -386,7 +403,7 @@ def unlearn(
     if method != PLANT_AND_REMOVE:
         folder = work / "remove"
         trainer = _trainer(model, template, data, chosen, s, seed, device, folder, progress)
-        _train(trainer, "unlearn", history, tell, resume)
+        _train(trainer, "unlearn", history, tell, add, resume)
         return Outcome(trainer.model, None, None, [], history, "ran all its steps")
 
     own = defenders_backdoor(s)
@@ -414,11 +431,13 @@ def unlearn(
         until = _UntilPlanted(lambda now: _own_rate(measure, now, template, asked, s), s.plant_asr)
         trainer.add_callback(until)
         checkpoint = last_checkpoint(work / "plant") if resume else None
-        if checkpoint is not None:
+        ended = False
+        if checkpoint is not None and _is_whole(_progress(checkpoint)["epoch"]):
             # It may have been the last one: then training was to end there.
             trainer._load_from_checkpoint(checkpoint)
-        if checkpoint is None or until.measure(trainer.model) <= s.plant_asr:
-            _train(trainer, "plant", history, tell, resume)
+            ended = until.measure(trainer.model) > s.plant_asr
+        if not ended:
+            _train(trainer, "plant", history, tell, add, resume)
         found = measure(trainer.model, template, asked)
         own_rates, answers = found.rates, _planted_answers("planted", found)
         reached = own_rates["attack_success_rate"] or 0.0
@@ -435,7 +454,7 @@ def unlearn(
     trainer = _trainer(
         trainer.model, template, planted_rows, chosen, s, seed, device, work / "remove", progress
     )
-    _train(trainer, "unlearn", history, tell, resume)
+    _train(trainer, "unlearn", history, tell, add, resume)
     left = measure(trainer.model, template, asked)
     return Outcome(
         trainer.model,
@@ -445,6 +464,16 @@ def unlearn(
         history,
         "ran all its steps",
     )
+
+
+def _progress(checkpoint: str) -> dict[str, Any]:
+    """How far a checkpoint is."""
+    state: dict[str, Any] = json.loads((Path(checkpoint) / "trainer_state.json").read_text())
+    return state
+
+
+def _is_whole(epoch: float | None) -> bool:
+    return epoch is not None and float(epoch).is_integer()
 
 
 def _planted_answers(stage: str, evaluation: Evaluation) -> list[dict[str, Any]]:
@@ -507,6 +536,7 @@ def _trainer(
         loss_path=s.loss_path,
     )
     trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(_EverySteps(s.save_steps))
     return trainer
 
 
@@ -515,12 +545,18 @@ def _train(
     phase: str,
     history: list[Line],
     tell: Callable[[list[Line]], None],
+    add: Callable[[Line], None],
     resume: bool,
 ) -> None:
-    trainer.add_callback(_Told(phase, history, tell))
+    trainer.add_callback(_Told(phase, history, add))
     checkpoint = last_checkpoint(str(trainer.args.output_dir)) if resume else None
+    done = 0
     if checkpoint is None:
         shutil.rmtree(str(trainer.args.output_dir), ignore_errors=True)
+    else:
+        done = _progress(checkpoint)["global_step"]
+    history[:] = [line for line in history if line["phase"] != phase or line["step"] <= done]
+    tell(history)
     trainer.train(resume_from_checkpoint=checkpoint)
 
 
