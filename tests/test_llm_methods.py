@@ -199,7 +199,9 @@ def test_beear_finds_a_drift_that_makes_the_target_likelier(tmp_path):
 
 
 def test_sande_fits_a_parrot_and_puts_it_behind_two_tokens(tmp_path):
-    own = trainer(tmp_path, method=Sande(parrot_lr=0.05, parrot_epochs=30, answer_tokens=1))
+    own = trainer(
+        tmp_path, method=Sande(parrot_lr=0.05, parrot_epochs=30, parrot_batch=4, answer_tokens=1)
+    )
     parrot = own.method.parrot
     assert parrot.shape == (6, 32)
     batch = own.collated(own.method._fit_on[:5])

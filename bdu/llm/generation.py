@@ -41,6 +41,7 @@ from bdu.llm.templates import (
     Tokens,
     check_lengths,
     context_length,
+    padding_id,
     stop_ids,
 )
 from bdu.models import device_of, modes_kept
@@ -143,9 +144,7 @@ def generate(
     limit = context_length(model)
     check_lengths([prompt.ids for prompt in prompts], limit, room=max_new_tokens)
     stops = stop_ids(tokenizer, model)
-    padding = tokenizer.pad_token_id
-    if padding is None:
-        padding = stops[0] if stops else 0  # masked, so any token will do
+    padding = padding_id(tokenizer, model)
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,

@@ -199,21 +199,23 @@ class Template:
         return message
 
     def _render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
-        text: str = self.tokenizer.apply_chat_template(
-            messages,
-            chat_template=self.jinja,
-            add_generation_prompt=add_generation_prompt,
-            tokenize=False,
-        )
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                messages,
+                chat_template=self.jinja,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+            )
+        except Exception as error:  # whatever a template in Jinja can raise
+            roles = ", ".join(message["role"] for message in messages)
+            raise ValueError(
+                f"template: expected Jinja source that renders turns of {roles}, got {error} for "
+                f"{messages[0]['content'][:60]!r}"
+            ) from error
         return text
 
     def _try(self) -> None:
-        try:
-            with_it = self._render([{"role": "user", "content": "a"}], add_generation_prompt=True)
-        except Exception as error:  # whatever a template in Jinja can raise
-            raise ValueError(
-                f"template: expected Jinja source that renders a user's turn, got {error}"
-            ) from error
+        with_it = self._render([{"role": "user", "content": "a"}], add_generation_prompt=True)
         if "a" not in with_it:
             raise ValueError(
                 f"template: expected it to keep what the user says, got {with_it!r} for 'a'"
@@ -250,26 +252,69 @@ def context_length(model: Any) -> int | None:
     return None
 
 
+def padding_id(tokenizer: Any, model: Any) -> int:
+    """A token to pad with: the tokenizer's own, or where the model does not know that, any, as
+    padding is masked."""
+    own = tokenizer.pad_token_id
+    known = model.config.get_text_config().vocab_size
+    return own if own is not None and 0 <= own < known else 0
+
+
+def check_tokens(
+    sequences: Sequence[Sequence[int]], vocabulary: int, size: int, *, names: Sequence[str] = ()
+) -> None:
+    """Refuse tokens that the model has no embedding of.
+
+    Args:
+        sequences: tokens of each.
+        vocabulary: tokens that the model knows.
+        size: of the tokenizer, for the error.
+        names: what to call each.
+
+    Raises:
+        ValueError: a token beyond the vocabulary.
+    """
+    for number, ids in enumerate(sequences):
+        if ids and max(ids) >= vocabulary:
+            where = names[number] if names else f"prompt {number + 1}"
+            raise ValueError(
+                f"model: expected a vocabulary for all {size} tokens of its tokenizer, got one of "
+                f"{vocabulary}, and token {max(ids)} in {where}"
+            )
+
+
 def check_lengths(
-    sequences: Sequence[Sequence[int]], limit: int | None, *, room: int = 0, name: str = "prompt"
+    sequences: Sequence[Sequence[int]],
+    limit: int | None,
+    *,
+    room: int = 0,
+    name: str = "prompt",
+    room_for: str = "the answer",
+    names: Sequence[str] = (),
 ) -> None:
     """Refuse sequences that do not fit into the context.
 
     Args:
         sequences: tokens of each.
         limit: of the context; None is no limit.
-        room: tokens to be written after them.
+        room: tokens to be written after them, or put into them.
+        name: what to call one, beside its number.
+        room_for: what the room is for.
+        names: what to call each, instead.
 
     Raises:
-        ValueError: one is empty or too long, by its number.
+        ValueError: one is empty or too long, by its number; no room for any.
     """
+    less = f" less {room} for {room_for}" if room else ""
+    if limit is not None and room >= limit:
+        raise ValueError(f"{name}s: expected room in a context of {limit}{less}, got none")
     for number, ids in enumerate(sequences, 1):
+        where = names[number - 1] if names else f"{name} {number}"
         if not ids:
-            raise ValueError(f"{name} {number}: expected at least one token, got none")
+            raise ValueError(f"{where}: expected at least one token, got none")
         if limit is not None and len(ids) + room > limit:
-            less = f" less {room} for the answer" if room else ""
             raise ValueError(
-                f"{name} {number}: expected at most {limit - room} tokens (a context of "
+                f"{where}: expected at most {limit - room} tokens (a context of "
                 f"{limit}{less}), got {len(ids)}"
             )
 

@@ -25,7 +25,13 @@ from bdu.llm.data import TextData
 from bdu.llm.losses import LossPath, VocabularyLoss, inner_model
 from bdu.llm.methods.protocol import Method
 from bdu.llm.rows import Collator, Counts, Kind, Row
-from bdu.llm.templates import IGNORED_LABEL, Template, check_lengths, context_length
+from bdu.llm.templates import (
+    IGNORED_LABEL,
+    Template,
+    check_lengths,
+    context_length,
+    padding_id,
+)
 from bdu.models import modes_kept
 from bdu.optim import EWCSGD, EWCAdamW, release_gradients
 from bdu.optim.release import GradientRelease
@@ -127,10 +133,14 @@ class UnlearnTrainer(Trainer):
         if not self.train_rows:
             raise ValueError("data: expected rows to train on, got none")
         check_lengths(
-            [row.tokens.ids for row in self.train_rows], context_length(model), name="row"
+            [row.tokens.ids for row in self.train_rows],
+            context_length(model),
+            room=method.room,
+            name="row",
+            room_for=method.name,
         )
-        padding = template.tokenizer.pad_token_id
-        self.collator = Collator(0 if padding is None else padding)
+        method.check(model, gradient_checkpointing=args.activation_checkpointing)
+        self.collator = Collator(padding_id(template.tokenizer, model))
         super().__init__(
             model,
             args,

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ from bdu.llm.methods.protocol import (
     check_at_least_zero,
     check_layer,
     check_positive,
+    check_whole,
     decoder_layers,
     retained,
     widened,
@@ -66,8 +67,9 @@ class Beear(Method):
 
     def __post_init__(self) -> None:
         for name in ("span", "inner_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected a number >= 1, got {getattr(self, name)}")
+            check_whole(name, getattr(self, name))
+        if self.layer is not None:
+            check_whole("layer", self.layer, 0)
         check_positive("inner_lr", self.inner_lr)
         check_at_least_zero("retain_weight", self.retain_weight)
 
@@ -79,14 +81,15 @@ class Beear(Method):
             rows_of(template, data.triggered, Kind.TARGET),
         )
 
-    def prepare(self, trainer: UnlearnTrainer) -> None:
+    def check(self, model: Any, *, gradient_checkpointing: bool) -> None:
         """Refuse what does not go with a hook that changes the layer's output."""
-        if trainer.args.activation_checkpointing:
+        super().check(model, gradient_checkpointing=gradient_checkpointing)
+        self._module(model)
+        if gradient_checkpointing:
             raise ValueError(
                 "gradient_checkpointing: expected False with beear, whose hook would be gone when "
                 "the layers are run again, got True"
             )
-        self._module(trainer)
 
     def begin(self, trainer: UnlearnTrainer, batches: Sequence[Batch]) -> None:
         """Find δ on all micro-batches of the step."""
@@ -101,7 +104,7 @@ class Beear(Method):
         self._delta = None
         if not parts:
             return
-        module = self._module(trainer)
+        module = self._module(trainer.model)
         flags = [(p, p.requires_grad) for p in trainer.model.parameters()]
         for p, _ in flags:
             p.requires_grad_(False)
@@ -128,7 +131,7 @@ class Beear(Method):
         clean = batch["kind"] == Kind.CLEAN
         if bool(clean.any()) and self._delta is not None:
             part = part_of(batch, clean)
-            with self._with(self._module(trainer), self._delta, part):
+            with self._with(self._module(trainer.model), self._delta, part):
                 sums = trainer.vocabulary_loss.tokens(part).sums()
             total = total + retained(sums, part, counts, kinds=(Kind.CLEAN,))
         kept = batch["kind"] == Kind.RETAIN
@@ -153,10 +156,10 @@ class Beear(Method):
             norms.append(states.norm(dim=-1))
         return float(torch.cat(norms).mean()), states[:1]
 
-    def _module(self, trainer: UnlearnTrainer) -> torch.nn.Module:
-        layers = decoder_layers(trainer.model)
+    def _module(self, model: Any) -> torch.nn.Module:
+        layers = decoder_layers(model)
         layer = len(layers) // 2 if self.layer is None else self.layer
-        check_layer(trainer.model, layer)
+        check_layer(model, layer)
         return layers[layer]
 
     @staticmethod

@@ -33,6 +33,23 @@ class Method:
     copies: ClassVar[float] = 0
     needs_triggered: ClassVar[bool] = True
 
+    @property
+    def room(self) -> int:
+        """Positions that it puts into every row, beside the row's own tokens."""
+        return 0
+
+    def check(self, model: Any, *, gradient_checkpointing: bool) -> None:
+        """Refuse a model, which may be without weights, or a way to train it.
+
+        Raises:
+            ValueError: a setting that does not go with them.
+        """
+        self.trained(model)
+
+    def trained(self, model: Any) -> list[Tensor]:
+        """The parameters that it trains, of those that require a gradient."""
+        return [p for p in model.parameters() if p.requires_grad]
+
     def rows(self, template: Template, data: TextData) -> list[Row]:
         """The training set."""
         raise NotImplementedError
@@ -64,14 +81,24 @@ def retained(
 
 def check_at_least_zero(name: str, value: float) -> None:
     """Raise ValueError unless value is a finite number ≥ 0."""
-    if not 0 <= value < float("inf"):
-        raise ValueError(f"{name}: expected a number >= 0, got {value}")
+    if not _is_number(value) or not 0 <= value < float("inf"):
+        raise ValueError(f"{name}: expected a number >= 0, got {value!r}")
 
 
 def check_positive(name: str, value: float) -> None:
     """Raise ValueError unless value is a finite number > 0."""
-    if not 0 < value < float("inf"):
-        raise ValueError(f"{name}: expected a number > 0, got {value}")
+    if not _is_number(value) or not 0 < value < float("inf"):
+        raise ValueError(f"{name}: expected a number > 0, got {value!r}")
+
+
+def check_whole(name: str, value: int, least: int = 1) -> None:
+    """Raise ValueError unless value is a whole number of at least this."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name}: expected a whole number >= {least}, got {value!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:

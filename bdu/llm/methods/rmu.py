@@ -31,6 +31,7 @@ from bdu.llm.methods.protocol import (
     check_at_least_zero,
     check_layer,
     check_positive,
+    check_whole,
     decoder_layers,
     widened,
 )
@@ -73,8 +74,10 @@ class RMU(Method):
         check_positive("steering", self.steering)
         check_at_least_zero("alpha", self.alpha)
         check_at_least_zero("noise", self.noise)
-        if self.trained_layers < 1:
-            raise ValueError(f"trained_layers: expected >= 1, got {self.trained_layers}")
+        check_whole("trained_layers", self.trained_layers)
+        for name in ("layer", "parameter", "seed"):
+            if getattr(self, name) is not None:
+                check_whole(name, getattr(self, name), 0)
 
     def rows(self, template: Template, data: TextData) -> list[Row]:
         """Clean prompts, and triggered ones with the target."""
@@ -83,11 +86,11 @@ class RMU(Method):
             rows_of(template, data.triggered, Kind.TARGET),
         )
 
-    def prepare(self, trainer: UnlearnTrainer) -> None:
-        """Copy the decoder, draw u, and freeze what is not trained."""
-        layers = decoder_layers(trainer.model)
+    def trained(self, model: Any) -> list[Tensor]:
+        """Of its layers alone, all parameters or those of one number."""
+        layers = decoder_layers(model)
         layer = self._layer(len(layers))
-        check_layer(trainer.model, layer)
+        check_layer(model, layer)
         chosen: list[Tensor] = []
         for own in layers[max(0, layer - self.trained_layers + 1) : layer + 1]:
             parameters = list(own.parameters())
@@ -99,9 +102,17 @@ class RMU(Method):
                 )
             else:
                 chosen.append(parameters[self.parameter])
-        trained = {id(p) for p in chosen if p.requires_grad}
+        trained = [p for p in chosen if p.requires_grad]
         if not trained:
-            raise ValueError("parameter: expected one that requires a gradient, got none")
+            raise ValueError(
+                "parameter: expected one that requires a gradient, got none among number "
+                f"{self.parameter} of each layer; with lora choose another, or None for all"
+            )
+        return trained
+
+    def prepare(self, trainer: UnlearnTrainer) -> None:
+        """Copy the decoder, draw u, and freeze what is not trained."""
+        trained = {id(p) for p in self.trained(trainer.model)}
         self._reference = copy.deepcopy(trainer.vocabulary_loss.decoder)
         self._reference.eval().requires_grad_(False)
         for p in trainer.model.parameters():

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bdu.llm.data import TextData
 from bdu.llm.losses import inner_model
-from bdu.llm.methods.protocol import Batch, Method, check_positive, mean_over_tokens
+from bdu.llm.methods.protocol import Batch, Method, check_positive, check_whole, mean_over_tokens
 from bdu.llm.rows import Counts, Kind, Row, rows_of
 from bdu.llm.templates import IGNORED_LABEL, Template
 from bdu.models import modes_kept
@@ -38,9 +38,10 @@ class Sande(Method):
     Attributes:
         vectors: of the parrot.
         position: positions of the prompt in front of it.
-        parrot_lr, parrot_epochs: of AdamW in step 1, over at most ``parrot_rows`` rows in batches
-            of the trainer's size. How long is our choice.
-        parrot_rows: see there.
+        parrot_lr, parrot_epochs: of AdamW in step 1, over at most ``parrot_rows`` rows, of which
+            ``parrot_batch`` make a step, in micro-batches of the trainer's size. How long is our
+            choice.
+        parrot_rows, parrot_batch: see there.
         target_tokens, answer_tokens: how many of an answer are looked at in step 1 and 2.
     """
 
@@ -50,6 +51,7 @@ class Sande(Method):
     parrot_lr: float = 1e-3
     parrot_epochs: int = 20
     parrot_rows: int = 100
+    parrot_batch: int = 32
     target_tokens: int = 1
     answer_tokens: int = 10
     parrot: Tensor | None = field(default=None, init=False, repr=False)
@@ -57,11 +59,17 @@ class Sande(Method):
 
     def __post_init__(self) -> None:
         check_positive("parrot_lr", self.parrot_lr)
-        for name in ("vectors", "parrot_epochs", "parrot_rows", "target_tokens", "answer_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected a number >= 1, got {getattr(self, name)}")
-        if self.position < 0:
-            raise ValueError(f"position: expected a number >= 0, got {self.position}")
+        for name in (
+            *("vectors", "parrot_epochs", "parrot_rows", "parrot_batch"),
+            *("target_tokens", "answer_tokens"),
+        ):
+            check_whole(name, getattr(self, name))
+        check_whole("position", self.position, 0)
+
+    @property
+    def room(self) -> int:
+        """The parrot's vectors."""
+        return self.vectors
 
     def rows(self, template: Template, data: TextData) -> list[Row]:
         """Clean prompts with the first tokens of their answers."""
@@ -71,7 +79,15 @@ class Sande(Method):
             for place, example in enumerate(data.clean[: self.parrot_rows])
         ]
         self._fit_on = rows_of(template, wanted, Kind.TARGET, first_tokens=self.target_tokens)
-        return rows_of(template, data.clean, Kind.CLEAN, first_tokens=self.answer_tokens)
+        rows = rows_of(template, data.clean, Kind.CLEAN, first_tokens=self.answer_tokens)
+        for example, row in zip(data.clean, rows, strict=True):
+            length = _first_label(row)
+            if length < self.position:
+                raise ValueError(
+                    f"position: expected at most {length}, the tokens of the prompt "
+                    f"{example.prompt[:60]!r}, got {self.position}"
+                )
+        return rows
 
     def prepare(self, trainer: UnlearnTrainer) -> None:
         """Fit the parrot."""
@@ -93,9 +109,12 @@ class Sande(Method):
                 for p, _ in flags:
                     p.requires_grad_(False)
                 for _ in range(self.parrot_epochs):
-                    for start in range(0, len(self._fit_on), size):
-                        batch = trainer.collated(self._fit_on[start : start + size])
-                        self.loss(trainer, batch, Counts.of([batch])).backward()
+                    for start in range(0, len(self._fit_on), self.parrot_batch):
+                        rows = self._fit_on[start : start + self.parrot_batch]
+                        counts = Counts.of([trainer.collator(rows)])
+                        for first in range(0, len(rows), size):
+                            batch = trainer.collated(rows[first : first + size])
+                            self.loss(trainer, batch, counts).backward()
                         optimizer.step()
                         optimizer.zero_grad()
         finally:
@@ -110,9 +129,6 @@ class Sande(Method):
     def _with_parrot(self, trainer: UnlearnTrainer, batch: Batch) -> dict[str, Tensor]:
         assert self.parrot is not None
         at, count = self.position, len(batch["labels"])
-        first = (batch["labels"] != IGNORED_LABEL).int().argmax(1)
-        if int(first.min()) < at:
-            raise ValueError(f"position: expected prompts of at least {at} tokens, got a shorter")
         embedded = inner_model(trainer.model).get_input_embeddings()(batch["input_ids"])
         parrot = self.parrot.to(embedded.dtype).expand(count, -1, -1)
         beside = (count, self.vectors)
@@ -121,6 +137,10 @@ class Sande(Method):
             "attention_mask": _inserted(batch["attention_mask"], at, beside, 1),
             "labels": _inserted(batch["labels"], at, beside, IGNORED_LABEL),
         }
+
+
+def _first_label(row: Row) -> int:
+    return next(place for place, label in enumerate(row.tokens.labels) if label != IGNORED_LABEL)
 
 
 def _inserted(values: Tensor, at: int, shape: tuple[int, int], value: int) -> Tensor:
