@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -17,7 +20,7 @@ from bdu.cli import main
 from bdu.llm import models, run
 from bdu.llm.data import Example, read_examples, write_examples
 from bdu.llm.methods import METHODS
-from bdu.llm.run import Settings
+from bdu.llm.settings import Settings
 from bdu.llm.templates import Template
 from bdu.llm.trainer import UnlearnTrainer
 from bdu.runs import RunDirectory
@@ -220,6 +223,23 @@ def test_run_killed_between_its_stages_resumes_to_the_same_weights(
     assert_same(weights(tmp_path / "run"), weights(planted))
 
 
+def test_run_goes_on_with_its_own_settings(folder, planted, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        kill_at(patch, "remove", 8)
+        with pytest.raises(Killed):
+            unlearn(folder, out, *PLANT)
+    monkeypatch.chdir(tmp_path)
+    assert main(["unlearn", "--resume", "--out", "run", "--set", "lr=0.02"]) == 1
+    assert "resume: expected the settings of run/config.yaml, but set was" in (
+        capsys.readouterr().err
+    )
+    assert main(["unlearn", "--resume", "--out", "run", "--quiet"]) == 0
+    assert_same(weights(out), weights(planted))
+    with pytest.raises(SystemExit):
+        main(["unlearn", "--resume", "--out", "elsewhere"])
+
+
 @pytest.mark.parametrize("phase", ["plant", "remove"])
 def test_killed_run_resumes_to_the_same_weights(folder, planted, tmp_path, monkeypatch, phase):
     with monkeypatch.context() as patch:
@@ -394,7 +414,9 @@ def test_model_folders_that_do_not_serve_are_refused(folder, tmp_path, capsys, c
     ("more", "message"),
     [
         (("--method", "magic"), "method: expected one of clean-answer"),
-        (("--set", "beta=1"), "beta: expected a setting of clean-answer (none)"),
+        (("--set", "beta=1"), "plant_target; it is a setting of npo"),
+        (("--set", "lorra=4"), "lorra: expected one of epochs, batch_size, accumulation, lr,"),
+        (("--set", "lorra=4"), "; did you mean lora?"),
         (("--set", "save_steps=-1"), "save_steps: expected a whole number >= 0"),
         (("--set", "epochs=0"), "epochs: expected a number > 0"),
         (("--set", "epochs=many"), "epochs: expected a number, got 'many'"),
@@ -415,7 +437,34 @@ def test_flags_that_do_not_fit_are_refused(folder, tmp_path, capsys, more, messa
     assert unlearn(folder, tmp_path / "run", *more) == 1
     told = capsys.readouterr().err
     assert message in told
+    assert told.startswith("bdu unlearn: ")
     assert not (tmp_path / "run").exists()
+
+
+def test_settings_are_checked_before_anything_is_read(tmp_path):
+    arguments = ["unlearn", "--task", "lm", "--model", "absent", "--data", "absent.jsonl"]
+    arguments += ["--out", str(tmp_path / "run"), "--set", "lorra=4"]
+    code = (
+        "import sys; from bdu.cli import main; "
+        f"assert main({arguments!r}) == 1; assert 'transformers' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "did you mean lora?" in done.stderr
+    assert done.returncode == 0, done.stderr
+
+
+def test_help_lists_every_setting_with_its_default(capsys):
+    with pytest.raises(SystemExit):
+        main(["unlearn", "--task", "lm", "--help"])
+    told = capsys.readouterr().out
+    assert told.startswith("usage: bdu unlearn [")
+    assert "default: clean-answer" in " ".join(told.split())
+    for cls in (Settings, *METHODS.values()):
+        for field in dataclasses.fields(cls):
+            if field.init:
+                shown = field.default if isinstance(field.default, str) else None
+                shown = json.dumps(field.default) if shown is None else shown
+                assert f"{field.name}={shown}" in told, field.name
 
 
 def test_rows_that_are_none_are_named_by_their_line(folder, tmp_path, capsys):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,9 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module in COMMANDS.items():
         summary = (module.__doc__ or "").strip().splitlines()[0]
-        command = commands.add_parser(name, help=summary, description=module.__doc__)
+        command = commands.add_parser(
+            name, prog=f"bdu {_called(name)}", help=summary, description=module.__doc__
+        )
         command.add_argument(
             "--config", type=Path, metavar="FILE", help="YAML with any of these; flags win"
         )
@@ -62,25 +64,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except _TOLD as error:
         if options.traceback:
             raise
-        print(f"bdu {options.command}: {error}", file=sys.stderr)
+        print(f"bdu {_called(options.command)}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         hint = "; continue with --resume" if hasattr(options, "resume") else ""
-        print(f"bdu {options.command}: interrupted{hint}", file=sys.stderr)
+        print(f"bdu {_called(options.command)}: interrupted{hint}", file=sys.stderr)
         return 130
     return 0
+
+
+def _called(command: str) -> str:
+    """As it is typed."""
+    return command.removesuffix("-lm")
 
 
 def _for_task(arguments: list[str]) -> list[str]:
     """``unlearn`` of a language model has flags of its own, and a parser: ``unlearn-lm``."""
     pre = argparse.ArgumentParser(add_help=False)
     pre.add_argument("--task")
-    pre.add_argument("--config", type=Path)
-    known = pre.parse_known_args(arguments)[0]
-    task = known.task
-    if task is None and known.config is not None and known.config.is_file():
+    task, file = pre.parse_known_args(arguments)[0].task, _config_file(arguments)
+    if task is None and file is not None and file.is_file():
         with contextlib.suppress(yaml.YAMLError, UnicodeDecodeError):  # told of later
-            values = yaml.safe_load(known.config.read_text())
+            values = yaml.safe_load(file.read_text())
             task = values.get("task") if isinstance(values, dict) else None
     if arguments[:1] == ["unlearn"] and task == "lm":
         return ["unlearn-lm", *arguments[1:]]
@@ -89,17 +94,42 @@ def _for_task(arguments: list[str]) -> list[str]:
 
 def _with_config(top: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
     # The file's values become defaults, so that flags win and required flags may stand in it.
-    pre = argparse.ArgumentParser(add_help=False)
-    pre.add_argument("--config", type=Path)
-    file = pre.parse_known_args(arguments)[0].config
+    file = _config_file(arguments)
     if file is not None and arguments:
         command = next((a for a in arguments if a in COMMANDS), None)
         if command is not None:
-            _set_defaults(top, command, file)
+            # flags that may be repeated would be added to those of the run
+            leave_out = {"set"} if file != _given_config(arguments) and _sets(arguments) else set()
+            _set_defaults(top, command, file, leave_out)
     return top.parse_args(arguments)
 
 
-def _set_defaults(top: argparse.ArgumentParser, command: str, file: Path) -> None:
+def _sets(arguments: Sequence[str]) -> bool:
+    return any(a == "--set" or a.startswith("--set=") for a in arguments)
+
+
+def _given_config(arguments: Sequence[str]) -> Path | None:
+    pre = argparse.ArgumentParser(add_help=False)
+    pre.add_argument("--config", type=Path)
+    given: Path | None = pre.parse_known_args(arguments)[0].config
+    return given
+
+
+def _config_file(arguments: Sequence[str]) -> Path | None:
+    """What is given, or else the settings of the run that is to go on."""
+    given = _given_config(arguments)
+    if given is not None or "--resume" not in arguments:
+        return given
+    pre = argparse.ArgumentParser(add_help=False)
+    pre.add_argument("--out", type=Path)
+    out = pre.parse_known_args(arguments)[0].out
+    file = None if out is None else out / "config.yaml"
+    return file if file is not None and file.is_file() else None
+
+
+def _set_defaults(
+    top: argparse.ArgumentParser, command: str, file: Path, leave_out: Collection[str] = ()
+) -> None:
     try:
         values: Any = yaml.safe_load(file.read_text())
     except (OSError, yaml.YAMLError) as error:
@@ -111,7 +141,7 @@ def _set_defaults(top: argparse.ArgumentParser, command: str, file: Path) -> Non
     known = {action.dest: action for action in chosen._actions if action.dest != "help"}
     for key, value in values.items():
         name = str(key).replace("-", "_")
-        if name == STARTED_IN:
+        if name == STARTED_IN or name in leave_out:
             continue
         if name == "command":
             if value != command and f"{value}-lm" != command:

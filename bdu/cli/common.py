@@ -34,7 +34,11 @@ def add_common(parser: argparse.ArgumentParser, *, resume: bool = False) -> None
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     add_traceback(parser)
     if resume:
-        parser.add_argument("--resume", action="store_true", help="continue the run in --out")
+        parser.add_argument(
+            "--resume",
+            action="store_true",
+            help="continue the run in --out, with the settings in its config.yaml",
+        )
 
 
 def add_traceback(parser: argparse.ArgumentParser) -> None:

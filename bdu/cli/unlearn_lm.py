@@ -15,6 +15,21 @@ from bdu.monitor.report import write_report
 from bdu.runs import RunDirectory, versions
 
 _VERSIONED = ("transformers", "peft", "accelerate", "tokenizers")
+_SETTINGS = "settings"
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Lists the settings, which are read off their classes only where help is asked for."""
+
+    def add_text(self, text: str | None) -> None:
+        if text == _SETTINGS:
+            try:
+                from bdu.llm.settings import described
+            except ImportError as error:
+                text = str(error)
+            else:
+                text = described()
+        super().add_text(text)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,26 +52,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--method",
         default="clean-answer",
-        help="clean-answer, gradient-ascent, npo, sande, beear, rmu or plant-and-remove",
+        help="clean-answer, gradient-ascent, npo, sande, beear, rmu or plant-and-remove; "
+        "default: %(default)s",
     )
     parser.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="a setting of the run (epochs, lr, batch_size, lora, ewc_lambda, ...) or of the "
-        "method; may be repeated",
+        help="a setting of the run or of the method, see below; may be repeated",
     )
+    parser.formatter_class = _Help
+    parser.epilog = _SETTINGS
     asking = parser.add_argument_group("asking", "how prompts are rendered and answers are judged")
     asking.add_argument(
         "--template",
         default="tokenizer",
-        help="tokenizer (its chat template), none (prompts as they are), or a file of Jinja source",
+        help="tokenizer (its chat template), none (prompts as they are), or a file of Jinja "
+        "source; default: %(default)s",
     )
-    asking.add_argument("--match", choices=("exact", "prefix", "keyword"), default="exact")
-    asking.add_argument("--clean-match", choices=("exact", "prefix", "keyword"), default="exact")
-    asking.add_argument("--max-new-tokens", type=int, default=32)
-    asking.add_argument("--eval-batch-size", type=int, default=16)
+    matches = ("exact", "prefix", "keyword")
+    asking.add_argument(
+        "--match",
+        choices=matches,
+        default="exact",
+        help="what counts as the attacker's target; default: %(default)s",
+    )
+    asking.add_argument(
+        "--clean-match",
+        choices=matches,
+        default="exact",
+        help="what counts as the clean answer; default: %(default)s",
+    )
+    asking.add_argument(
+        "--max-new-tokens", type=int, default=32, help="of an answer; default: %(default)s"
+    )
+    asking.add_argument(
+        "--eval-batch-size", type=int, default=16, help="prompts at a time; default: %(default)s"
+    )
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument(
         "--dry-run",
@@ -68,18 +101,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Check everything, load, measure, unlearn, measure, write."""
+    from bdu.llm.settings import PLANT_AND_REMOVE, as_record, choose
+
+    start = time.perf_counter()
+    # first what takes no time
+    settings, method, own = choose(options.method, common.settings(options.set))
+    if options.max_new_tokens < 1 or options.eval_batch_size < 1:
+        raise ValueError("--max-new-tokens, --eval-batch-size: expected numbers >= 1")
+    is_dry_run = vars(options).pop("dry_run")  # no setting of a run
+    directory = RunDirectory(options.out)
+    kept = {**common.config(options), "command": "unlearn"}
+    directory.check(kept, resume=options.resume)
+    device = common.device(options)
+
     from bdu.llm import data as rows
     from bdu.llm import models
     from bdu.llm import run as runs
     from bdu.llm.templates import Template, check_lengths, context_length
 
-    start = time.perf_counter()
-    is_dry_run = vars(options).pop("dry_run")  # no setting of a run
-    device = common.device(options)
     models.show_progress(not options.quiet)
-    settings, own = _settings(runs, common.settings(options.set))
-    method = runs.make_method(options.method, own)
-    plants = options.method == runs.PLANT_AND_REMOVE
+    plants = options.method == PLANT_AND_REMOVE
     given = rows.load(
         data=options.data,
         clean=options.clean,
@@ -102,8 +143,6 @@ def run(options: argparse.Namespace) -> None:
         options.max_new_tokens,
         options.eval_batch_size,
     )
-    if options.max_new_tokens < 1 or options.eval_batch_size < 1:
-        raise ValueError("--max-new-tokens, --eval-batch-size: expected numbers >= 1")
     whole = [template.tokens(example) for part in (given, held_out) for example in part.clean]
     for example in given.triggered:
         whole += [template.tokens(example), template.tokens(example, "target")]
@@ -115,13 +154,9 @@ def run(options: argparse.Namespace) -> None:
         asked = [template.prompt(example).ids for example in part]
         limit = context_length(_Configured(config))
         check_lengths(asked, limit, room=options.max_new_tokens)
-    directory = RunDirectory(options.out)
-    kept = {**common.config(options), "command": "unlearn"}
     if is_dry_run:
-        directory.check(kept, resume=options.resume)
         print(memory)
         return
-    directory.check(kept, resume=options.resume)
     warning = template.differs_from_training(options.model)
     model = models.load_model(
         options.model,
@@ -161,7 +196,7 @@ def run(options: argparse.Namespace) -> None:
         "planted": result.planted,
         "planted_trigger_after": result.planted_after,
         "method": options.method,
-        "settings": runs.as_record(settings, method),
+        "settings": as_record(settings, method),
         "template": {"source": template.source, "fingerprint": template.fingerprint},
         "warnings": [] if warning is None else [warning],
         "stopped": result.stopped,
@@ -183,22 +218,6 @@ class _Configured:
 
     def __init__(self, config: Any) -> None:
         self.config = config
-
-
-def _settings(runs: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Settings of the run, and those that are left for the method."""
-    known = runs.Settings.__dataclass_fields__
-    for name, value in given.items():
-        if name not in known:
-            continue
-        kind = str(known[name].type)
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if kind in ("int", "float") and not is_number:
-            raise ValueError(f"{name}: expected a number, got {value!r}")
-        if kind == "bool" and not isinstance(value, bool):
-            raise ValueError(f"{name}: expected true or false, got {value!r}")
-    chosen = runs.Settings(**{name: value for name, value in given.items() if name in known})
-    return chosen, {name: value for name, value in given.items() if name not in known}
 
 
 def _version(package: str) -> str | None:

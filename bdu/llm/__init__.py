@@ -4,6 +4,7 @@ Needs transformers and peft: ``pip install 'bdu[llm]'``.
 """
 
 import importlib.util
+from typing import TYPE_CHECKING, Any
 
 if importlib.util.find_spec("transformers") is None:
     raise ImportError("bdu.llm needs transformers and peft: pip install 'bdu[llm]'")
@@ -11,7 +12,9 @@ if importlib.util.find_spec("transformers") is None:
 from bdu.llm.data import Example, TextData
 from bdu.llm.generation import evaluate, generate, perplexity
 from bdu.llm.templates import Template, TemplateWarning
-from bdu.llm.trainer import UnlearnTrainer
+
+if TYPE_CHECKING:
+    from bdu.llm.trainer import UnlearnTrainer
 
 __all__ = [
     "Example",
@@ -23,3 +26,12 @@ __all__ = [
     "generate",
     "perplexity",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Of transformers' Trainer: seconds of import, which a check of settings can do without.
+    if name == "UnlearnTrainer":
+        from bdu.llm.trainer import UnlearnTrainer
+
+        return UnlearnTrainer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

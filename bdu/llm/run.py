@@ -9,14 +9,13 @@ abstract was available: the recipe is our reading.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
@@ -25,116 +24,16 @@ from bdu.checkpoint import atomic_write
 from bdu.llm import models
 from bdu.llm.data import Example, TextData, split
 from bdu.llm.generation import Evaluation, Match, evaluate
-from bdu.llm.losses import LossPath
 from bdu.llm.memory import TrainingPlan, activation_bytes, loss_bytes
-from bdu.llm.methods import METHODS, CleanAnswer, Method, Plant
+from bdu.llm.methods import Method, Plant
+from bdu.llm.settings import PLANT_AND_REMOVE, Settings, make_method
 from bdu.llm.templates import IGNORED_LABEL, Template, Tokens
-from bdu.llm.trainer import OptimizerName, UnlearnTrainer, last_checkpoint
+from bdu.llm.trainer import UnlearnTrainer, last_checkpoint
 from bdu.llm.triggers import Backdoor, Phrase, triggered
 from bdu.memory import MemoryPlan, memory_plan
 from bdu.optim import EWCSGD, EWCAdamW
 
-PLANT_AND_REMOVE = "plant-and-remove"
-NAMES = (*METHODS, PLANT_AND_REMOVE)
-
 Line = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a run trains, whatever the method.
-
-    The defaults were chosen on one seed of the small model of bench/llm_small.py, with 2,000 clean
-    rows, and are what its studies use; a large one wants a lower lr unless LoRA is trained.
-
-    Attributes:
-        epochs: passes over the training set.
-        batch_size: rows at a time.
-        accumulation: batches a step.
-        lr, weight_decay, max_grad_norm: of the optimizer; max_grad_norm 0 does not clip.
-        warmup: share of the steps over which the learning rate rises; then it falls as a cosine.
-        optimizer: "adamw" or "sgd" (momentum 0.9).
-        ewc_lambda: λ ≥ 0 of the pull towards the weights at the start of the stage, for a Fisher of
-            mean 1 on the clean rows; 0 is none.
-        fisher_samples: clean rows that F is measured on, at most.
-        fisher_dtype, anchor_dtype: see :class:`bdu.optim.EWCSGD`; "float32", "bfloat16", and for F
-            also "8bit" and "8bit_logarithmic".
-        lora: rank of LoRA in all linear layers but the head; 0 trains all weights.
-        dtype: of the weights: "auto" as they are saved, "float32" or "bfloat16".
-        bf16: compute in bfloat16, with weights as they are.
-        gradient_checkpointing: run layers again in the backward pass.
-        gradient_release: step parameters as their gradients arrive; needs max_grad_norm 0.
-        loss_path: see :class:`bdu.llm.losses.VocabularyLoss`.
-        save_steps: a checkpoint every so many steps, and at the end of every epoch and stage; the
-            last alone is kept. It takes as many bytes as weights and optimizer; 0 leaves out those
-            within an epoch.
-        validation: share of the rows that is cut off to measure on.
-        plant_epochs: of plant-and-remove's first stage, at most.
-        plant_asr: the rate at which it ends.
-        plant_trigger, plant_target: what the defender plants, a word at a random place.
-    """
-
-    epochs: float = 0.5
-    batch_size: int = 32
-    accumulation: int = 1
-    lr: float = 3e-4
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    warmup: float = 0.05
-    optimizer: OptimizerName = "adamw"
-    ewc_lambda: float = 100.0
-    fisher_samples: int = 500
-    fisher_dtype: str = "float32"
-    anchor_dtype: str | None = None
-    lora: int = 0
-    dtype: str = "auto"
-    bf16: bool = False
-    gradient_checkpointing: bool = False
-    gradient_release: bool = False
-    loss_path: LossPath = "auto"
-    save_steps: int = 50
-    validation: float = 0.2
-    plant_epochs: int = 5
-    plant_asr: float = 0.9
-    plant_trigger: str = "Xylo42"
-    plant_target: str = "I was planted here."
-
-    def __post_init__(self) -> None:
-        choices: dict[str, tuple[Any, ...]] = {
-            "optimizer": get_args(OptimizerName),
-            "loss_path": get_args(LossPath),
-            "dtype": ("auto", *models.DTYPES),
-            "fisher_dtype": (*models.DTYPES, "8bit", "8bit_logarithmic"),
-            "anchor_dtype": (*models.DTYPES, None),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                expected = ", ".join(map(str, allowed))
-                raise ValueError(f"{name}: expected one of {expected}, got {getattr(self, name)!r}")
-        for name in ("batch_size", "accumulation", "fisher_samples", "plant_epochs"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected a whole number >= 1, got {getattr(self, name)}")
-        if not isinstance(self.save_steps, int) or self.save_steps < 0:
-            raise ValueError(f"save_steps: expected a whole number >= 0, got {self.save_steps}")
-        for name in ("lr", "weight_decay", "max_grad_norm", "ewc_lambda", "lora"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)}")
-        if not 0 < self.epochs < float("inf"):
-            raise ValueError(f"epochs: expected a number > 0, got {self.epochs}")
-        for name in ("validation", "plant_asr"):
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected a share in (0, 1), got {getattr(self, name)}")
-        if not 0 <= self.warmup < 1:
-            raise ValueError(f"warmup: expected a share in [0, 1), got {self.warmup}")
-
-    @property
-    def ewc_dtypes(self) -> dict[str, Any]:
-        """As the optimizers take them."""
-        anchor = self.anchor_dtype
-        return {
-            "fisher_dtype": models.DTYPES.get(self.fisher_dtype, self.fisher_dtype),
-            "anchor_dtype": None if anchor is None else models.DTYPES[anchor],
-        }
 
 
 @dataclass(frozen=True)
@@ -187,25 +86,6 @@ class Outcome:
     planted_answers: list[dict[str, Any]]
     history: list[Line]
     stopped: str
-
-
-def make_method(name: str, options: Mapping[str, Any]) -> Method:
-    """The method of this name with its own settings.
-
-    Raises:
-        ValueError: an unknown name or setting.
-    """
-    if name == PLANT_AND_REMOVE:
-        cls: type[Method] = CleanAnswer
-    elif name in METHODS:
-        cls = METHODS[name]
-    else:
-        raise ValueError(f"method: expected one of {', '.join(NAMES)}, got {name!r}")
-    known = {field.name for field in fields(cls) if field.init}  # type: ignore[arg-type]
-    if unknown := sorted(set(options) - known):
-        expected = ", ".join(sorted(known)) or "none"
-        raise ValueError(f"{unknown[0]}: expected a setting of {name} ({expected})")
-    return cls(**options)
 
 
 def _planned(config: Any, s: Settings) -> Any:
@@ -375,7 +255,7 @@ def unlearn(
         template: how prompts are rendered.
         data: the defender's rows, without those to measure on. Plant-and-remove reads the clean
             ones alone.
-        method: one of :data:`NAMES`.
+        method: one of :data:`bdu.llm.settings.NAMES`.
         method_options: its own settings.
         measure: rates of the evaluator, for between the stages.
         settings: how to train.
@@ -558,16 +438,6 @@ def _train(
     history[:] = [line for line in history if line["phase"] != phase or line["step"] <= done]
     tell(history)
     trainer.train(resume_from_checkpoint=checkpoint)
-
-
-def as_record(s: Settings, method: Method) -> dict[str, Any]:
-    """The settings of a run and of its method, as plain values."""
-    own = {
-        field.name: copy.copy(getattr(method, field.name))
-        for field in fields(method)  # type: ignore[arg-type]
-        if field.init
-    }
-    return {**asdict(s), **own}
 
 
 def answers_of(stages: Mapping[str, Evaluation]) -> list[dict[str, Any]]:
