@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from bdu.llm.losses import inner_model
 from bdu.llm.templates import Template
@@ -49,7 +52,21 @@ def check_directory(path: str | os.PathLike[str], *, trust_remote_code: bool = F
                 "them elsewhere and save_pretrained() the model"
             )
         raise ValueError(f"model: expected weights in safetensors in {folder}, got none")
-    if json.loads(file.read_text()).get("auto_map") and not trust_remote_code:
+    for weights in folder.glob("*.safetensors"):
+        try:
+            with safe_open(weights, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(
+                f"model: expected whole safetensors files, got {weights}: {error}"
+            ) from error
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"model: expected JSON in {file}, got {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"model: expected an object in {file}, got {type(config).__name__}")
+    if config.get("auto_map") and not trust_remote_code:
         raise ValueError(
             f"model: {folder} brings code of its own, which is run only with trust_remote_code"
         )
@@ -73,8 +90,10 @@ def load_tokenizer(path: str | os.PathLike[str], *, trust_remote_code: bool = Fa
 
     try:
         return AutoTokenizer.from_pretrained(os.fspath(path), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model: expected a tokenizer in {path}: {error}") from error
+    except Exception as error:  # a broken file can make the reader raise anything
+        raise ValueError(
+            f"model: expected a tokenizer in {path}: {str(error) or type(error).__name__}"
+        ) from error
 
 
 def load_model(
@@ -91,18 +110,98 @@ def load_model(
         trust_remote_code: run code that comes with the model.
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`check_directory`.
+        FileNotFoundError, ValueError: as :func:`check_directory`; weights that are missing, of
+            another shape, or of another model, by their names.
     """
     from transformers import AutoModelForCausalLM
 
     check_directory(path, trust_remote_code=trust_remote_code)
-    model = AutoModelForCausalLM.from_pretrained(
-        os.fspath(path),
-        dtype="auto" if dtype is None else dtype,
-        use_safetensors=True,
-        trust_remote_code=trust_remote_code,
-    )
+    with _quiet():  # of what is refused here
+        model, found = AutoModelForCausalLM.from_pretrained(
+            os.fspath(path),
+            dtype="auto" if dtype is None else dtype,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    _check_loaded(type(model).__name__, found)
     return model.eval()
+
+
+def load_to_train(
+    path: str | os.PathLike[str],
+    config: Any,
+    *,
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Any, torch.dtype | None]:
+    """The model, and what its weights are to be written in where that is not as they are.
+
+    Small steps are lost in float16, and large gradients overflow: such weights are made float32.
+
+    Args:
+        path, dtype, trust_remote_code: see :func:`load_model`.
+        config: of :func:`load_config`.
+    """
+    model = load_model(path, dtype=dtype, trust_remote_code=trust_remote_code)
+    is_half = any(p.dtype == torch.float16 for p in model.parameters())
+    if is_half:
+        _cast(model, torch.float32)
+    was_half = is_half or getattr(config, "dtype", None) == torch.float16
+    return model, torch.float16 if was_half else None
+
+
+def as_written(model: Any, dtype: torch.dtype | None) -> Any:
+    """The model with weights of this dtype, LoRA merged into them; None: as it is."""
+    if dtype is None:
+        return model
+    if hasattr(model, "peft_config"):
+        inner_model(model)  # refuses what cannot be merged
+        model = model.merge_and_unload()
+    _cast(model, dtype)
+    return model
+
+
+def _cast(model: Any, dtype: torch.dtype) -> None:
+    # the model's own method would cast the frequencies of positions, too
+    for p in model.parameters():
+        if p.is_floating_point():
+            p.data = p.data.to(dtype)
+
+
+# Buffers of earlier versions of transformers, which are made anew.
+_NO_WEIGHTS = re.compile(r"(inv_freq|masked_bias|attn\.bias|position_ids)$")
+
+
+def _check_loaded(name: str, found: Mapping[str, Any]) -> None:
+    unexpected = [key for key in found["unexpected_keys"] if not _NO_WEIGHTS.search(key)]
+    mismatched = [
+        f"{key} of {tuple(there)} for {tuple(own)}" for key, there, own in found["mismatched_keys"]
+    ]
+    problems = [
+        f"{len(keys)} {what} ({', '.join(sorted(keys)[:3])}{', ...' if len(keys) > 3 else ''})"
+        for what, keys in (
+            ("missing", found["missing_keys"]),
+            ("of another shape", mismatched),
+            ("that it does not have", unexpected),
+        )
+        if keys
+    ]
+    if problems:
+        raise ValueError(f"model: expected the weights of {name}, got {'; '.join(problems)}")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def empty_model(config: Any, *, dtype: torch.dtype | None = None) -> Any:
