@@ -378,7 +378,9 @@ def test_counts_are_those_of_all_micro_batches(tmp_path):
         ({"method": Beear(), "args": {"activation_checkpointing": True}}, "gradient_checkpointing"),
         ({"method": RMU(parameter=99)}, "parameter: expected 0 to 8 or None"),
         ({"method": Sande(position=40)}, "position: expected at most 5, the tokens of the"),
-        ({"train_dataset": []}, "train_dataset: expected the method's own"),
+        ({"train_dataset": []}, "train_dataset: expected none .the method makes it of data"),
+        ({"eval_dataset": []}, "eval_dataset: expected none .*measure with bdu.llm.evaluate"),
+        ({"processing_class": None}, "processing_class: expected none or the template's"),
         ({"loss_path": "none"}, "loss_path: expected one of"),
     ],
 )
@@ -410,6 +412,42 @@ def test_rows_that_do_not_fit_are_named(tmp_path):
     data = TextData((*tiny_llm.rows(1), tiny_llm.rows(1)[0].with_prompt("the cat " * 60)), ())
     with pytest.raises(ValueError, match="row 2: expected at most 64 tokens"):
         trainer(tmp_path, data=data)
+
+
+def test_templates_own_tokenizer_may_be_given_too(tmp_path):
+    from bdu.llm import UnlearnTrainer
+
+    own = template()
+    args = trainer(tmp_path).args
+    made = UnlearnTrainer(
+        tiny_llm.llama(),
+        args,
+        method=CleanAnswer(),
+        data=text_data(),
+        template=own,
+        processing_class=own.tokenizer,
+    )
+    assert made.processing_class is own.tokenizer
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_only_a_tied_head_may_be_missing_without_a_word(tmp_path, caplog, monkeypatch, tied):
+    import logging
+
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    own = trainer(tmp_path, model=tiny_llm.llama(tied=tied))
+    absent = ["lm_head.weight"]
+    told = []
+    for name in ("lm_head.weight", "model.norm.weight"):
+        state = {key: v for key, v in own.model.state_dict().items() if key not in absent}
+        own.model.save_pretrained(tmp_path / name, state_dict=state)
+        caplog.clear()
+        own._load_from_checkpoint(str(tmp_path / name))
+        told.append(caplog.text)
+        absent.append("model.norm.weight")
+    assert ("lm_head.weight" in told[0]) == (not tied)
+    assert "model.norm.weight" in told[1]
+    assert ("lm_head.weight" in told[1]) == (not tied)
 
 
 def test_every_method_has_the_name_it_is_known_by():

@@ -25,6 +25,7 @@ from bdu.llm.data import TextData
 from bdu.llm.losses import LossPath, VocabularyLoss, inner_model
 from bdu.llm.methods.protocol import Method
 from bdu.llm.rows import Collator, Counts, Kind, Row
+from bdu.llm.settings import OptimizerName
 from bdu.llm.templates import (
     IGNORED_LABEL,
     Template,
@@ -36,8 +37,6 @@ from bdu.models import modes_kept
 from bdu.optim import EWCSGD, EWCAdamW, release_gradients
 from bdu.optim.release import GradientRelease
 
-OptimizerName = Literal["adamw", "sgd"]
-
 _FORBIDDEN: Mapping[str, str] = {
     "fp16": "untested; use bf16",
     "label_smoothing_factor": "the methods have losses of their own",
@@ -45,6 +44,15 @@ _FORBIDDEN: Mapping[str, str] = {
     "auto_find_batch_size": "a run would not be repeatable",
     "neftune_noise_alpha": "untested",
     "use_liger_kernel": "use loss_path='liger'",
+}
+# Of Trainer's own arguments.
+_REFUSED: Mapping[str, str] = {
+    "data_collator": "the method's rows have one of their own",
+    "train_dataset": "the method makes it of data",
+    "compute_loss_func": "the loss is the method's",
+    "optimizers": "it is one of bdu's, by optimizer and optimizer_options",
+    "eval_dataset": "the loss of a method says little of what is left of a trigger; measure with "
+    "bdu.llm.evaluate",
 }
 
 
@@ -79,7 +87,7 @@ class UnlearnTrainer(Trainer):
             such as ``mode``, ``fisher_dtype``, ``anchor_dtype``.
         gradient_release: step each parameter as its gradient arrives, and free that.
         loss_path: see :class:`bdu.llm.losses.VocabularyLoss`.
-        options: further ones of Trainer.
+        options: further ones of Trainer, such as ``callbacks``.
 
     Attributes:
         train_rows: the training set.
@@ -115,9 +123,11 @@ class UnlearnTrainer(Trainer):
     ) -> None:
         if optimizer not in ("adamw", "sgd"):
             raise ValueError(f"optimizer: expected adamw or sgd, got {optimizer!r}")
-        for name in ("data_collator", "train_dataset", "compute_loss_func", "optimizers"):
+        for name, why in _REFUSED.items():
             if name in options:
-                raise ValueError(f"{name}: expected the method's own, got one")
+                raise ValueError(f"{name}: expected none ({why}), got one")
+        if options.pop("processing_class", template.tokenizer) is not template.tokenizer:
+            raise ValueError("processing_class: expected none or the template's tokenizer")
         _check(args, gradient_release)
         if ewc_lambda > 0 and fisher is None:
             raise ValueError(f"fisher: expected one with ewc_lambda={ewc_lambda:g}, got None")
@@ -139,7 +149,7 @@ class UnlearnTrainer(Trainer):
             name="row",
             room_for=method.name,
         )
-        method.check(model, gradient_checkpointing=args.activation_checkpointing)
+        method.check(model, gradient_checkpointing=bool(args.activation_checkpointing))
         self.collator = Collator(padding_id(template.tokenizer, model))
         super().__init__(
             model,
@@ -238,6 +248,14 @@ class UnlearnTrainer(Trainer):
         """Autocast around the method's loss, which does not go through the model's ``forward``."""
         context: contextlib.AbstractContextManager[Any] = self.accelerator.autocast()
         return context
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        # a tied head is read with what it is tied to
+        names = dict(self.model.named_parameters(remove_duplicate=False))
+        absent = load_result.missing_keys
+        read = {id(p) for name, p in names.items() if name not in absent}
+        left = [name for name in absent if name not in names or id(names[name]) not in read]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=left))
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
