@@ -45,13 +45,13 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         # without it a power cut after the rename can leave an empty file under the final name
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
-        _allow_as_usual(temporary)
+        allow_as_usual(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _allow_as_usual(path: Path) -> None:
+def allow_as_usual(path: Path) -> None:
     """The permissions of any new file; safetensors writes for the owner alone."""
     mask = os.umask(0)
     os.umask(mask)

@@ -8,17 +8,18 @@ in [0, 1]; what is no number is null.
 ``metrics.json`` has all of these keys, null where nothing was measured or there is no such thing:
 
 - ``before``, ``after``: rates of the evaluator: ``clean_accuracy``, ``attack_success_rate``,
-  ``robust_accuracy``, ``false_target_rate``, ``per_class_accuracy`` (a list, empty for language
-  models), and of a language model ``perplexity``. Null without an evaluator; each rate is null
+  ``robust_accuracy``, ``false_target_rate``, and of images ``per_class_accuracy`` (a list), of a
+  language model ``perplexity``. Null without an evaluator; each rate is null
   where there was nothing to measure it on.
 - ``method``, ``settings`` (of the method, all), ``seed``, ``versions``.
 - ``stopped``: why it ended, in words.
 - ``seconds`` of the method, or of ``bdu poison`` in all; ``total_seconds`` with loading and
-  measuring. Of a run that was resumed: since then.
+  measuring. Of a run that was resumed: since then, but of a language model's since its start.
 - ``weight_change``: ‖θ − θ before‖ / ‖θ before‖ by weight, of images only.
 - ``der``, ``retuned_attack_success_rate``: see :mod:`bdu.metrics` and :mod:`bdu.attacks.retune`.
 - ``planted``, ``planted_trigger_after``, ``template``, ``warnings``, ``memory_plan_bytes``: of
-  language models, see :mod:`bdu.llm.run`.
+  language models, see :mod:`bdu.llm.run`; they have ``memory_peak_bytes``, too, what was held at
+  most on a GPU, and null on a CPU.
 
 Every line of ``metrics.jsonl`` has ``step``: how many steps of the optimizer were done, of the
 ``phase`` where a language model's run has several. ``steps`` is how many there will be; where that

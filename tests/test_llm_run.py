@@ -96,7 +96,7 @@ def test_plant_and_remove_writes_a_run_that_from_pretrained_reads(folder, plante
         *("false_target_rate", "perplexity"),
     }
     for stage in ("before", "after"):
-        assert set(metrics[stage]) == names | {"per_class_accuracy"}
+        assert set(metrics[stage]) == names
     assert set(metrics["planted"]) == names | {"planted_trigger"}
     assert metrics["planted"]["planted_trigger"]["attack_success_rate"] > 0.5
     after = metrics["planted_trigger_after"]["attack_success_rate"]
@@ -104,10 +104,20 @@ def test_plant_and_remove_writes_a_run_that_from_pretrained_reads(folder, plante
     assert metrics["settings"]["plant_epochs"] == 25
     assert metrics["versions"]["transformers"]
     assert metrics["warnings"] == []
+    assert metrics["memory_peak_bytes"] is None
     lines = [json.loads(line) for line in (planted / "metrics.jsonl").read_text().splitlines()]
     assert {line["phase"] for line in lines} == {"plant", "unlearn"}
     assert not (planted / "checkpoints").exists()
     assert not [file for file in planted.iterdir() if file.suffix in (".bin", ".pt")]
+    usual = (planted / "metrics.json").stat().st_mode
+    assert {file.stat().st_mode for file in planted.iterdir()} == {usual}
+    own = [line for line in lines if line["phase"] == "plant"]
+    step, last = own[-1]["step"], lines[-1]["step"]
+    assert metrics["stopped"] == (
+        f"stopped at step {step} of {own[-1]['steps']}: planted; then ran all {last} steps of "
+        "removal"
+    )
+    assert f"The run {metrics['stopped']}." in (planted / "report.html").read_text()
     assert "Outcome" in (planted / "report.html").read_text()
 
 
@@ -136,7 +146,6 @@ def test_the_model_that_is_read_is_the_one_that_was_measured(folder, planted):
     tokenizer = models.load_tokenizer(planted)
     found = measure(models.load_model(planted), Template(tokenizer)).rates
     told = json.loads((planted / "metrics.json").read_text())["after"]
-    assert told.pop("per_class_accuracy") == []
     assert found == pytest.approx(told)
 
 
@@ -166,6 +175,23 @@ def test_rates_are_those_of_the_flags_of_the_answers(planted):
         if kind == "triggered":
             clean = [r for r in records if (r["stage"], r["kind"]) == (stage, "clean")]
             assert share(clean, "right") == rates["clean_accuracy"]
+
+
+def test_console_shows_bars_of_its_own_alone(folder, tmp_path, capfd):
+    options = PLANT
+    arguments = ["unlearn", "--task", "lm", "--model", str(folder / "model")]
+    arguments += ["--data", str(folder / "data.jsonl"), *QUICK, *options]
+    assert main([*arguments, "--out", str(tmp_path / "quiet")]) == 0
+    quiet = capfd.readouterr()
+    assert quiet.err == ""
+    assert "{" not in quiet.out
+    arguments.remove("--quiet")
+    assert main([*arguments, "--out", str(tmp_path / "run")]) == 0
+    told = capfd.readouterr()
+    assert told.out.replace("/run", "/quiet") == quiet.out
+    bars = {line.partition(":")[0].strip() for line in re.split(r"[\r\n]", told.err)} - {""}
+    assert bars == {"asking", "plant", "unlearn"}
+    assert re.search(r"perplexity \d+\.\d+", quiet.out)
 
 
 def test_planted_trigger_is_shown_where_no_other_is_known(folder, tmp_path, capsys):
@@ -234,7 +260,14 @@ def test_run_goes_on_with_its_own_settings(folder, planted, tmp_path, monkeypatc
     assert "resume: expected the settings of run/config.yaml, but set was" in (
         capsys.readouterr().err
     )
+    kept = out / "checkpoints" / "seconds.json"
+    before = json.loads(kept.read_text())
+    assert 0 < before["seconds"] < before["total_seconds"]
+    kept.write_text(json.dumps({"seconds": 1000.0, "total_seconds": 2000.0}))
     assert main(["unlearn", "--resume", "--out", "run", "--quiet"]) == 0
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert 1000 < metrics["seconds"] < 1500
+    assert 2000 < metrics["total_seconds"] < 2500
     assert_same(weights(out), weights(planted))
     with pytest.raises(SystemExit):
         main(["unlearn", "--resume", "--out", "elsewhere"])

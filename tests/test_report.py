@@ -435,7 +435,7 @@ def test_images_and_prompts_are_compared_in_words_that_fit_both(tmp_path):
     both, prompts, images = pages
     rows = cells_of(both)
     assert rows["what it is given"] == ["images", "prompts"]
-    assert rows["Perplexity of clean answers, after"] == ["–", "12.5"]
+    assert rows["Perplexity of clean answers, after"] == ["–", "12.50"]
     assert rows["ASR after the retune attack"] == ["4.56 %", "–"]
     assert rows["Robust accuracy, after"] == ["79.99 %", "79.99 %"]
     assert "where untriggered images give" in both

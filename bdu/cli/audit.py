@@ -40,7 +40,7 @@ def run(options: argparse.Namespace) -> None:
     from bdu.llm.templates import Template
 
     device = common.device(options)
-    models.show_progress(not options.quiet)
+    models.show_progress(False)
     probes = inductive.read_probes(options.probes)
     if options.out is not None and (options.out / "audit.json").exists():
         raise FileExistsError(f"out: {options.out} holds an audit already; choose another folder")

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bdu.checkpoint import atomic_write
 from bdu.cli import common
+from bdu.monitor.page import four_digits
 from bdu.monitor.report import write_report
 from bdu.runs import RunDirectory, versions
 
@@ -119,7 +123,7 @@ def run(options: argparse.Namespace) -> None:
     from bdu.llm import run as runs
     from bdu.llm.templates import Template, check_lengths, context_length
 
-    models.show_progress(not options.quiet)
+    models.show_progress(False)
     plants = options.method == PLANT_AND_REMOVE
     given = rows.load(
         data=options.data,
@@ -163,10 +167,18 @@ def run(options: argparse.Namespace) -> None:
         dtype=models.DTYPES.get(settings.dtype),
         trust_remote_code=options.trust_remote_code,
     ).to(device)
-    stages = {"before": measure(model, template)}
+    is_shown = not options.quiet
+    stages = {"before": measure(model, template, progress=is_shown)}
     directory.start(kept, resume=options.resume)
     work = options.out / "checkpoints"
-    began = time.perf_counter()
+    clock = _Clock(work / "seconds.json", start, resume=options.resume)
+
+    def add(line: dict[str, Any]) -> None:
+        directory.add_line(line)
+        clock.keep()
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     result = runs.unlearn(
         model,
         template,
@@ -180,19 +192,19 @@ def run(options: argparse.Namespace) -> None:
         work=work,
         resume=options.resume,
         known=directory.read_lines(),
-        progress=not options.quiet,
+        progress=is_shown,
         tell=directory.write_lines,
-        add=directory.add_line,
+        add=add,
     )
-    seconds = time.perf_counter() - began
-    stages["after"] = measure(result.model, template)
+    seconds = clock.seconds
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    stages["after"] = measure(result.model, template, progress=is_shown)
     models.save(result.model, template, options.out)
     directory.write_lines(result.history)
     answers = [*runs.answers_of(stages), *result.planted_answers]
     atomic_write(options.out / "answers.jsonl", runs.jsonl(answers))
     outcome: dict[str, Any] = {
-        # a list for the report: there are no classes here
-        **{stage: {**e.rates, "per_class_accuracy": []} for stage, e in stages.items()},
+        **{stage: evaluation.rates for stage, evaluation in stages.items()},
         "planted": result.planted,
         "planted_trigger_after": result.planted_after,
         "method": options.method,
@@ -201,8 +213,9 @@ def run(options: argparse.Namespace) -> None:
         "warnings": [] if warning is None else [warning],
         "stopped": result.stopped,
         "seconds": seconds,
-        "total_seconds": time.perf_counter() - start,
+        "total_seconds": clock.total_seconds,
         "memory_plan_bytes": memory.peak_bytes,
+        "memory_peak_bytes": peak,
         "seed": options.seed,
         "versions": {**versions(), **{name: _version(name) for name in _VERSIONED}},
     }
@@ -220,6 +233,37 @@ class _Configured:
         self.config = config
 
 
+class _Clock:
+    """Seconds of a run, those before it was resumed among them.
+
+    Args:
+        file: where they are kept.
+        start: of the command, as ``time.perf_counter`` tells it.
+        resume: whether to go on from what is kept.
+    """
+
+    def __init__(self, file: Path, start: float, *, resume: bool) -> None:
+        self.file, self.start, self.began = file, start, time.perf_counter()
+        self.earlier = {"seconds": 0.0, "total_seconds": 0.0}
+        if resume and file.is_file():
+            self.earlier |= json.loads(file.read_text())
+
+    @property
+    def seconds(self) -> float:
+        """Of the method."""
+        return self.earlier["seconds"] + time.perf_counter() - self.began
+
+    @property
+    def total_seconds(self) -> float:
+        """With loading and measuring."""
+        return self.earlier["total_seconds"] + time.perf_counter() - self.start
+
+    def keep(self) -> None:
+        """Write them down."""
+        kept = {"seconds": self.seconds, "total_seconds": self.total_seconds}
+        atomic_write(self.file, json.dumps(kept))
+
+
 def _version(package: str) -> str | None:
     try:
         return version(package)
@@ -234,7 +278,7 @@ def _print(outcome: dict[str, Any], result: Any) -> None:
     stages.append(("after", outcome["after"]))
     print(common.table(stages))
     for stage, rates in stages:
-        print(f"{stage:8}perplexity {rates['perplexity']:.4g}")
+        print(f"{stage:8}perplexity {four_digits(rates['perplexity'])}")
     if result.planted is not None:
         print("trigger planted by the defender:")
         own = [("before", result.planted["planted_trigger"]), ("after", result.planted_after)]

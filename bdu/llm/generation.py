@@ -159,7 +159,7 @@ def generate(
     # not the wrapper of PEFT, whose settings would hide those that are put back
     own = inner_model(model)
     kept = own.generation_config
-    with torch.no_grad(), modes_kept(model), tqdm(total=len(order), disable=not progress) as bar:
+    with torch.no_grad(), modes_kept(model), _bar(len(order), progress) as bar:
         model.eval()
         # generate() fills what its settings leave open from the model's own
         own.generation_config = GenerationConfig()
@@ -182,6 +182,10 @@ def generate(
         finally:
             own.generation_config = kept
     return [answers[row] for row in range(len(prompts))]
+
+
+def _bar(total: int, show: bool) -> Any:
+    return tqdm(total=total, desc="asking", unit="prompt", disable=not show)
 
 
 def padded_left(sequences: Sequence[Sequence[int]], padding: int) -> tuple[Tensor, Tensor]:

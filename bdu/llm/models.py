@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from bdu.checkpoint import allow_as_usual
 from bdu.llm.losses import inner_model
 from bdu.llm.templates import Template
 
@@ -253,6 +254,7 @@ def save(model: Any, template: Template, folder: str | os.PathLike[str]) -> None
         template.tokenizer.save_pretrained(temporary)
         files = sorted(temporary.iterdir(), key=lambda file: file.suffix == ".safetensors")
         for file in files:
+            allow_as_usual(file)
             os.replace(file, folder / file.name)
         template.save(folder)
     finally:

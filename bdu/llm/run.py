@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 from bdu.checkpoint import atomic_write
 from bdu.llm import models
@@ -51,7 +53,14 @@ class Measuring:
     max_new_tokens: int = 32
     batch_size: int = 16
 
-    def __call__(self, model: Any, template: Template, rows: TextData | None = None) -> Evaluation:
+    def __call__(
+        self,
+        model: Any,
+        template: Template,
+        rows: TextData | None = None,
+        *,
+        progress: bool = False,
+    ) -> Evaluation:
         """All rates of a model, on other rows where they are given."""
         own = self.data if rows is None else rows
         return evaluate(
@@ -63,6 +72,7 @@ class Measuring:
             clean_match=self.clean_match,
             max_new_tokens=self.max_new_tokens,
             batch_size=self.batch_size,
+            progress=progress,
         )
 
 
@@ -204,6 +214,28 @@ class _Told(TrainerCallback):
             self.add(self.history[-1])  # before the checkpoint that a run is resumed from
 
 
+class _Bar(TrainerCallback):
+    """A bar of the steps of a stage, with the loss behind it."""
+
+    def __init__(self, phase: str) -> None:
+        self.phase = phase
+        self.bar: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar = tqdm(
+            total=state.max_steps, initial=state.global_step, desc=self.phase, unit="step"
+        )
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if self.bar is not None and logs and "loss" in logs:
+            self.bar.set_postfix_str(f"loss {float(logs['loss']):.4g}", refresh=False)
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
 class _EverySteps(TrainerCallback):
     """Checkpoints within epochs."""
 
@@ -284,7 +316,7 @@ def unlearn(
         folder = work / "remove"
         trainer = _trainer(model, template, data, chosen, s, seed, device, folder, progress)
         _train(trainer, "unlearn", history, tell, add, resume)
-        return Outcome(trainer.model, None, None, [], history, "ran all its steps")
+        return Outcome(trainer.model, None, None, [], history, _ended(history))
 
     own = defenders_backdoor(s)
     clean, held_out = split(data.clean, s.validation, seed, "clean")
@@ -342,8 +374,20 @@ def unlearn(
         left.rates,
         [*answers, *_planted_answers("after", left)],
         history,
-        "ran all its steps",
+        _ended(history),
     )
+
+
+def _ended(history: Sequence[Line]) -> str:
+    """How the stages ended, in words."""
+    planting = [line for line in history if line["phase"] == "plant"]
+    if not planting:
+        return "ran all its steps"
+    step, steps = planting[-1]["step"], planting[-1]["steps"]
+    first = f"stopped at step {step} of {steps}: planted"
+    if step == steps:
+        first = f"planted in all its {steps} steps"
+    return f"{first}; then ran all {history[-1]['steps']} steps of removal"
 
 
 def _progress(checkpoint: str) -> dict[str, Any]:
@@ -416,6 +460,7 @@ def _trainer(
         loss_path=s.loss_path,
     )
     trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)
     trainer.add_callback(_EverySteps(s.save_steps))
     return trainer
 
@@ -429,6 +474,8 @@ def _train(
     resume: bool,
 ) -> None:
     trainer.add_callback(_Told(phase, history, add))
+    if not trainer.args.disable_tqdm:
+        trainer.add_callback(_Bar(phase))
     checkpoint = last_checkpoint(str(trainer.args.output_dir)) if resume else None
     done = 0
     if checkpoint is None:

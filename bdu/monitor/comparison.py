@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bdu.checkpoint import atomic_write
 from bdu.monitor.curves import chart
-from bdu.monitor.page import page, percent
+from bdu.monitor.page import four_digits, page, percent
 from bdu.monitor.record import Record
 from bdu.monitor.words import LOOKS, progress, rates_of, said, to_go_on
 from bdu.runs import RunDirectory
@@ -45,7 +45,7 @@ def write_comparison(directories: Sequence[RunDirectory], path: Path) -> None:
             rows.append(row(f"{title}, {when}", [percent(one.get(key)) for one in measured]))
         perplexities = [one.get("perplexity") for one in measured]
         if "prompts" in kinds:
-            cells = ["–" if p is None else f"{p:.4g}" for p in perplexities]
+            cells = ["–" if p is None else four_digits(p) for p in perplexities]
             rows.append(row(f"Perplexity of clean answers, {when}", cells))
     if any(not run.metrics for _, run in runs):
         for key, title in LOOKS.items():

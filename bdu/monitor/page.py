@@ -71,6 +71,11 @@ def folded(title: str, values: dict[str, Any] | None) -> str:
     return f"<details><summary><h2>{html.escape(title)}</h2></summary><pre>{text}</pre></details>"
 
 
+def four_digits(value: float) -> str:
+    """A perplexity as it is shown: 1.000 is not 1."""
+    return f"{value:#.4g}" if abs(value) < 1000 else f"{value:.4g}"
+
+
 def percent(rate: float | None) -> str:
     """A share as the pages show it."""
     return "–" if rate is None or not math.isfinite(rate) else f"{100 * rate:.2f} %"

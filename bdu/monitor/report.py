@@ -18,7 +18,7 @@ from bdu.checkpoint import atomic_write
 from bdu.monitor.answers import answers_section
 from bdu.monitor.charts import bar_table
 from bdu.monitor.curves import chart, measured
-from bdu.monitor.page import folded, page, percent
+from bdu.monitor.page import folded, four_digits, page, percent
 from bdu.monitor.panels import data_uri, outlined, overlay
 from bdu.monitor.planted import planted_section
 from bdu.monitor.record import Record
@@ -81,7 +81,8 @@ def _perplexity(metrics: dict[str, Any]) -> str:
     if not known:
         return ""
     shown = ", ".join(
-        f'{name} <span data-key="{name}.perplexity">{value:.4g}</span>' for name, value in known
+        f'{name} <span data-key="{name}.perplexity">{four_digits(value)}</span>'
+        for name, value in known
     )
     return f"<p>Perplexity of the clean answers: {shown}.</p>"
 
