@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 pytest.importorskip("transformers")
@@ -12,9 +14,10 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig
 
 from bdu.llm import models, run
-from bdu.llm.memory import activation_bytes
+from bdu.llm.memory import TrainingPlan, activation_bytes
 from bdu.llm.methods import CleanAnswer
 from bdu.llm.run import Settings
+from bdu.memory import MemoryPlan
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
@@ -97,3 +100,24 @@ def test_a_plan_allocates_nothing():
     assert again < whole / 2
     half = activation_bytes(model, rows=64, length=128, bf16=True)
     assert half == pytest.approx(whole / 2, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("activations", "accumulates", "expected"),
+    [
+        (50, False, "0.050 GB of activations and loss, at the end of the forward pass"),
+        (10, False, "0.020 GB of gradients, at the end of the backward pass"),
+        (50, True, "0.020 GB of gradients of the micro-batches before, and 0.050 GB of"),
+    ],
+)
+def test_the_peak_is_told_by_what_it_is_made_of(activations, accumulates, expected):
+    million = 10**6
+    state = MemoryPlan(20 * million, 0, 20 * million, 0, 0, 40 * million, 0, 5 * million, 0)
+    made = TrainingPlan(state, activations * million, 0, accumulates)
+    assert f"0.060 GB stay (parameters, moments); with them {expected}" in str(made)
+    together = [float(n) for n in re.findall(r"([\d.]+) GB", made.explained())]
+    assert sum(together) == pytest.approx(made.peak_bytes / 1e9)
+    free = made.peak_bytes + 5 * million
+    assert made.beside(free, "cuda:0").endswith("on cuda:0: the run fits, and leaves 0.005 GB")
+    assert made.beside(made.peak_bytes - 1, "cpu").endswith("does not fit")
+    assert "cannot be told" in made.beside(None, "cpu")

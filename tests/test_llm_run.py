@@ -371,7 +371,9 @@ def test_the_configuration_of_a_run_repeats_it(folder, planted, tmp_path):
 
 def test_dry_run_writes_nothing_and_tells_the_memory(folder, tmp_path, capsys):
     assert unlearn(folder, tmp_path / "run", "--dry-run") == 0
-    assert "parameters" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "GB stay (parameters, buffers, fisher, anchor, moments); with them" in told
+    assert re.search(r"[\d.]+ GB are free on cpu: the run fits, and leaves [\d.]+ GB", told)
     assert not (tmp_path / "run").exists()
 
 

@@ -160,6 +160,7 @@ def run(options: argparse.Namespace) -> None:
         check_lengths(asked, limit, room=options.max_new_tokens)
     if is_dry_run:
         print(memory)
+        print(memory.beside(models.available_bytes(device), str(device)))
         return
     warning = template.differs_from_training(options.model)
     model = models.load_model(

@@ -61,7 +61,36 @@ class TrainingPlan:
         )
         table = str(self.state).rsplit("; activations", 1)[0]
         lines = [f"{name:<12}{count / 1e9:>10.3f}{count:>20,}" for name, count in rows]
-        return "\n".join([table, "", *lines])
+        return "\n".join([table, "", *lines, "", self.explained()])
+
+    def explained(self) -> str:
+        """What is held together at the peak, in words."""
+        state, forward = self.state, self.activations + self.work
+        names = ("parameters", "buffers", "fisher", "anchor", "moments", "copies")
+        stays = ", ".join(name for name in names if getattr(state, name))
+        start = f"at the peak {(state.total_bytes - state.gradients) / 1e9:.3f} GB stay ({stays}); "
+        if self.accumulates:
+            return (
+                f"{start}with them {state.gradients / 1e9:.3f} GB of gradients of the "
+                f"micro-batches before, and {forward / 1e9:.3f} GB of activations and loss"
+            )
+        if forward >= state.gradients:
+            return (
+                f"{start}with them {forward / 1e9:.3f} GB of activations and loss, at the end of "
+                "the forward pass: as they go, the gradients come"
+            )
+        return (
+            f"{start}with them {state.gradients / 1e9:.3f} GB of gradients, at the end of the "
+            "backward pass: the activations have gone by then"
+        )
+
+    def beside(self, free: int | None, where: str) -> str:
+        """How the peak compares with the memory that is free there, in words."""
+        if free is None:
+            return f"how much memory is free on {where} cannot be told"
+        left = free - self.peak_bytes
+        said = f"fits, and leaves {left / 1e9:.3f} GB" if left >= 0 else "does not fit"
+        return f"{free / 1e9:.3f} GB are free on {where}: the run {said}"
 
 
 def activation_bytes(
