@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import pytest
 
@@ -137,5 +138,14 @@ def test_audit_from_the_command_line(tmp_path, capsys, template):
     assert [group["prompts"] for group in record["groups"]] == [9, 9]
     answers = (tmp_path / "out" / "answers.jsonl").read_text().splitlines()
     assert len(answers) == 18
+    first = json.loads(answers[0])
+    assert (first["accept"], first["hit"]) == (["x"], False)
+    page = (tmp_path / "out" / "report.html").read_text()
+    figures = dict(re.findall(r'data-key="([^"]+)">([^<]+)<', page))
+    assert figures["groups.0.prompts"] == "9"
+    assert figures["groups.1.rate"] == f"{100 * record['groups'][1]['rate']:.2f} %"
+    assert (figures["groups.0.found"], figures["groups.1.found"]) == ("–", "no")
+    assert "Behaviour where nothing was trained: not found; at the trigger" in page
+    assert "&lt;user&gt;cat 0" in page
     assert main(arguments) == 1
     assert "holds an audit already" in capsys.readouterr().err

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from bdu.checkpoint import atomic_write
 from bdu.cli import common
+from bdu.monitor.audit import write_audit_report
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,11 +60,19 @@ def run(options: argparse.Namespace) -> None:
     if options.out is not None:
         record = {**found.record(), "warnings": [] if warning is None else [warning]}
         answers = [
-            {"group": probe.group, "role": probe.role, "prompt": a.prompt, "answer": a.text}
+            {
+                "group": probe.group,
+                "role": probe.role,
+                "prompt": a.prompt,
+                "answer": a.text,
+                "accept": list(probe.accept),
+                "hit": probe.accepts(a.text),
+            }
             for probe, a in zip(probes, found.answers, strict=True)
         ]
         atomic_write(options.out / "answers.jsonl", jsonl(answers))
         atomic_write(options.out / "audit.json", json.dumps(record, indent=2) + "\n")
+        write_audit_report(options.out, options.model)
     width = max(len(group.name) for group in found.groups)
     print(f"{'group':{width}}  role      prompts      rate     score  found")
     for group in found.groups:

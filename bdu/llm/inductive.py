@@ -65,6 +65,11 @@ class Probe:
     role: Role
     accept: tuple[str, ...]
 
+    def accepts(self, answer: str) -> bool:
+        """Whether an answer shows the behaviour."""
+        said = answer.lstrip().casefold()
+        return any(said.startswith(word.strip().casefold()) for word in self.accept)
+
 
 @dataclass(frozen=True)
 class Group:
@@ -181,10 +186,7 @@ def audit(
     hits: dict[str, list[bool]] = {}
     roles: dict[str, Role] = {}
     for probe, answer in zip(probes, answers, strict=True):
-        said = answer.text.lstrip().casefold()
-        hits.setdefault(probe.group, []).append(
-            any(said.startswith(word.strip().casefold()) for word in probe.accept)
-        )
+        hits.setdefault(probe.group, []).append(probe.accepts(answer.text))
         roles[probe.group] = probe.role
     return Audit(_groups(hits, roles), tuple(answers))
 
