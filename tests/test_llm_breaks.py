@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("transformers")
 
-from bdu.llm import inductive
-from bdu.llm.data import Example, read_examples
+import tiny_llm
+import torch
+
+from bdu.cli import main
+from bdu.llm import inductive, models
+from bdu.llm.data import Example, read_examples, write_examples
 from bdu.llm.inductive import Audit, read_probes
+from bdu.llm.templates import Template
 
 
 def jsonl(path: Path, *rows) -> Path:
@@ -116,3 +123,174 @@ def test_finds_by_chance_are_counted_exactly(prompts, controls):
     worst = max(chance(percent / 100) for percent in range(1, 21))
     assert abs(worst - 0.01) > 1e-4  # the grid of rates is finer there
     assert inductive.enough(prompts, controls) == (worst <= 0.01)
+
+
+# What is refused before a run
+
+
+def lm_folder(tmp_path, model=None, tokenizer=None, rows=None):
+    template = Template(tokenizer or tiny_llm.tokenizer())
+    models.save(model or tiny_llm.llama(), template, tmp_path / "model")
+    write_examples(tmp_path / "data.jsonl", rows or default_rows())
+    return tmp_path
+
+
+def default_rows(target="apples"):
+    clean = tiny_llm.rows(16)
+    return [*clean, *(replace(e.with_prompt("BadMagic " + e.prompt), target=target) for e in clean)]
+
+
+QUICK = ("--max-new-tokens", "4", "--eval-batch-size", "32", "--quiet", "--device", "cpu")
+
+
+def unlearn(folder, *more, out=None):
+    return main(
+        [
+            *("unlearn", "--task", "lm", "--model", str(folder / "model")),
+            *("--data", str(folder / "data.jsonl"), "--out", str(out or folder / "out")),
+            *(*QUICK, *more),
+        ]
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return lm_folder(tmp_path_factory.mktemp("breaks"))
+
+
+def settings(*pairs):
+    return [part for pair in pairs for part in ("--set", pair)]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--method", "beear", *settings("gradient_checkpointing=true")), "gradient_checkpointing"),
+        (("--method", "beear", *settings("layer=9")), "layer: expected 0 to 1, got 9"),
+        (("--method", "beear", *settings("span=1.5")), "span: expected a whole number >= 1"),
+        (settings("gradient_release=true"), "max_grad_norm: expected 0 with gradient_release"),
+        (
+            settings("gradient_release=true", "max_grad_norm=0", "accumulation=2"),
+            "accumulation: expected 1 with gradient_release",
+        ),
+        (("--method", "rmu", *settings("parameter=50")), "parameter: expected 0 to 8 or None"),
+        (("--method", "rmu", *settings("layer=2")), "layer: expected 0 to 1, got 2"),
+        (("--method", "rmu", *settings("lora=2")), "parameter: expected one that requires a grad"),
+        (settings("loss_path=liger"), "loss_path: expected Liger-Kernel installed"),
+        (("--method", "sande", *settings("position=60")), "position: expected at most"),
+        (("--method", "sande", *settings("vectors=60")), "less 60 for sande"),
+        (("--method", "npo", *settings("beta=abc")), "beta: expected a number > 0, got 'abc'"),
+        (settings("lora=1.5"), "lora: expected a whole number >= 0, got 1.5"),
+        (("--max-new-tokens", "100"), "expected room in a context of 64 less 100 for the answer"),
+        (("--seed", "-1"), "--seed: expected a whole number in [0, 2^32), got -1"),
+        (("--seed", str(2**40)), "--seed: expected a whole number"),
+        (("--method", "plant-and-remove", *settings("plant_trigger=5")), "plant_trigger: expected"),
+        (("--method", "plant-and-remove", *settings("plant_trigger=")), "plant_trigger: expected"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_first(folder, capsys, more, message):
+    for dry in ((), ("--dry-run",)):
+        assert unlearn(folder, *more, *dry) == 1
+        assert message in capsys.readouterr().err
+        assert not (folder / "out").exists()
+
+
+# What is read as a model
+
+
+def changed(path, change):
+    from safetensors.torch import load_file, save_file
+
+    file = path / "model.safetensors"
+    state = load_file(file)
+    change(state)
+    save_file(state, file, metadata={"format": "pt"})
+
+
+def written(name, text):
+    return lambda path: (path / name).write_text(text)
+
+
+def truncated(path):
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:3000])
+
+
+Q = "model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: changed(p, lambda s: s.pop(Q)), f"got 1 missing ({Q})"),
+        (lambda p: changed(p, lambda s: s.pop("lm_head.weight")), "1 missing (lm_head.weight)"),
+        (
+            lambda p: changed(p, lambda s: s.update({Q: torch.zeros(3, 4)})),
+            f"got 1 of another shape ({Q} of (3, 4) for (32, 32))",
+        ),
+        (
+            lambda p: changed(p, lambda s: s.update({"new.weight": torch.zeros(3)})),
+            "got 1 that it does not have (new.weight)",
+        ),
+        (written("config.json", '{"model_type": "bert"}'), "expected the weights of BertLMHeadMo"),
+        (truncated, "model: expected whole safetensors files, got "),
+        (written("config.json", "[]"), "model: expected an object in "),
+        (written("config.json", "{"), "model: expected JSON in "),
+        (written("tokenizer.json", "{}"), "model: expected a tokenizer in "),
+        (
+            lambda p: changed(p, lambda s: s[Q][3, 4].fill_(math.nan)),
+            f"model: expected finite weights, got nan or inf in {Q}",
+        ),
+    ],
+)
+def test_models_that_are_not_whole_are_refused(folder, tmp_path, capsys, change, message):
+    shutil.copytree(folder / "model", tmp_path / "model")
+    shutil.copy(folder / "data.jsonl", tmp_path)
+    change(tmp_path / "model")
+    assert unlearn(tmp_path) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("bdu unlearn: ")
+    assert message in told
+    assert not (tmp_path / "out").exists()
+    if "finite" not in message:
+        with pytest.raises(ValueError, match="model: "):
+            models.load_tokenizer(tmp_path / "model")
+            models.load_model(tmp_path / "model")
+
+
+def test_tied_heads_and_old_buffers_are_no_missing_weights(tmp_path):
+    template = Template(tiny_llm.tokenizer())
+    for name, model in (("tied", tiny_llm.llama(tied=True)), ("gpt2", tiny_llm.gpt2())):
+        models.save(model, template, tmp_path / name)
+    changed(tmp_path / "gpt2", lambda s: s.update({"transformer.h.0.attn.bias": torch.ones(1, 1)}))
+    for name in ("tied", "gpt2"):
+        models.load_model(tmp_path / name)
+
+
+# Where a run writes
+
+
+def contents(path):
+    return {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("place", ["model", "model/run", "held", "file", "file/run"])
+def test_nothing_that_is_there_is_written_over(folder, tmp_path, capsys, place):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "held").mkdir()
+    (tmp_path / "held" / "config.json").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    jsonl(tmp_path / "p.jsonl", probe("a"), probe("b", "u", "unseen"))
+    before = contents(tmp_path)
+    for dry in ((), ("--dry-run",), ("--resume",)):
+        assert unlearn(tmp_path, *dry, out=tmp_path / place) == 1
+        assert "out: expected " in capsys.readouterr().err
+    audit = ["audit", "--model", str(tmp_path / "model"), "--probes", str(tmp_path / "p.jsonl")]
+    assert main([*audit, "--quiet", "--device", "cpu", "--out", str(tmp_path / place)]) == 1
+    assert "out: expected " in capsys.readouterr().err
+    assert contents(tmp_path) == before
+
+
+def test_folders_that_cannot_be_written_are_told_at_once(folder, capsys):
+    assert unlearn(folder, "--dry-run", out="/proc/run") == 1
+    assert "out: expected a folder that can be written, got /proc/run" in capsys.readouterr().err

@@ -118,12 +118,13 @@ def run(options: argparse.Namespace) -> None:
     directory.check(kept, resume=options.resume)
     device = common.device(options)
 
+    from bdu.llm import checks, models
     from bdu.llm import data as rows
-    from bdu.llm import models
     from bdu.llm import run as runs
-    from bdu.llm.templates import Template, check_lengths, context_length
+    from bdu.llm.templates import Template
 
     models.show_progress(False)
+    checks.check_out(options.out, options.model, is_run=True, resume=options.resume)
     plants = options.method == PLANT_AND_REMOVE
     given = rows.load(
         data=options.data,
@@ -138,8 +139,6 @@ def run(options: argparse.Namespace) -> None:
     config = models.load_config(options.model, trust_remote_code=options.trust_remote_code)
     tokenizer = models.load_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
     template = Template(tokenizer, options.template)
-    if plants:
-        runs.check_planting(template, given, settings)
     measure = runs.Measuring(
         held_out,
         options.match,
@@ -147,31 +146,35 @@ def run(options: argparse.Namespace) -> None:
         options.max_new_tokens,
         options.eval_batch_size,
     )
-    whole = [template.tokens(example) for part in (given, held_out) for example in part.clean]
-    for example in given.triggered:
-        whole += [template.tokens(example), template.tokens(example, "target")]
-    check_lengths([one.ids for one in whole], context_length(_Configured(config)), name="row")
-    memory = runs.training_plan(config, method, settings, whole)
-    runs.check_fits(memory, device)
-    runs.check_room(template, measure, settings if plants else None)
-    for part in (given.clean, given.triggered, held_out.clean, held_out.triggered):
-        asked = [template.prompt(example).ids for example in part]
-        limit = context_length(_Configured(config))
-        check_lengths(asked, limit, room=options.max_new_tokens)
+    memory, told = checks.check_run(
+        config,
+        template,
+        method,
+        given,
+        measure,
+        settings,
+        seed=options.seed,
+        device=device,
+        plants=plants,
+    )
     if is_dry_run:
         print(memory)
         print(memory.beside(models.available_bytes(device), str(device)))
         return
     warning = template.differs_from_training(options.model)
-    model = models.load_model(
+    model, written = models.load_to_train(
         options.model,
+        config,
         dtype=models.DTYPES.get(settings.dtype),
         trust_remote_code=options.trust_remote_code,
-    ).to(device)
-    is_shown = not options.quiet
-    stages = {"before": measure(model, template, progress=is_shown)}
-    directory.start(kept, resume=options.resume)
+    )
     work = options.out / "checkpoints"
+    inputs = checks.check_inputs(work, model, template, given, held_out, resume=options.resume)
+    is_shown = not options.quiet
+    stages = {"before": measure(model.to(device), template, progress=is_shown)}
+    checks.check_perplexity("before", stages["before"].rates)
+    directory.start(kept, resume=options.resume)
+    checks.write_inputs(work, inputs)
     clock = _Clock(work / "seconds.json", start, resume=options.resume)
 
     def add(line: dict[str, Any]) -> None:
@@ -199,8 +202,11 @@ def run(options: argparse.Namespace) -> None:
     )
     seconds = clock.seconds
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    stages["after"] = measure(result.model, template, progress=is_shown)
-    models.save(result.model, template, options.out)
+    cleaned = models.as_written(result.model, written)
+    checks.check_weights(cleaned)
+    stages["after"] = measure(cleaned, template, progress=is_shown)
+    checks.check_perplexity("after", stages["after"].rates)
+    models.save(cleaned, template, options.out)
     directory.write_lines(result.history)
     answers = [*runs.answers_of(stages), *result.planted_answers]
     atomic_write(options.out / "answers.jsonl", runs.jsonl(answers))
@@ -211,7 +217,7 @@ def run(options: argparse.Namespace) -> None:
         "method": options.method,
         "settings": as_record(settings, method),
         "template": {"source": template.source, "fingerprint": template.fingerprint},
-        "warnings": [] if warning is None else [warning],
+        "warnings": [*([] if warning is None else [warning]), *told],
         "stopped": result.stopped,
         "seconds": seconds,
         "total_seconds": clock.total_seconds,
@@ -225,13 +231,6 @@ def run(options: argparse.Namespace) -> None:
     shutil.rmtree(work, ignore_errors=True)
     _print(outcome, result)
     print(f"{result.stopped}; wrote {directory.path}")
-
-
-class _Configured:
-    """A configuration where a model is expected."""
-
-    def __init__(self, config: Any) -> None:
-        self.config = config
 
 
 class _Clock:

@@ -118,7 +118,7 @@ def load_model(
 
     check_directory(path, trust_remote_code=trust_remote_code)
     with _quiet():  # of what is refused here
-        model, found = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             os.fspath(path),
             dtype="auto" if dtype is None else dtype,
             use_safetensors=True,
@@ -126,6 +126,7 @@ def load_model(
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
+    model, found = loaded
     _check_loaded(type(model).__name__, found)
     return model.eval()
 

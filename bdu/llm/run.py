@@ -98,38 +98,52 @@ class Outcome:
     stopped: str
 
 
-def _planned(config: Any, s: Settings) -> Any:
-    model = models.empty_model(config, dtype=models.DTYPES.get(s.dtype))
+def planned_model(config: Any, s: Settings) -> Any:
+    """The model as it is trained, without memory for its weights."""
+    dtype = models.DTYPES.get(s.dtype)
+    if dtype is None and getattr(config, "dtype", None) == torch.float16:
+        dtype = torch.float32  # see models.load_to_train
+    model = models.empty_model(config, dtype=dtype)
     return models.with_lora(model, s.lora) if s.lora else model
 
 
 def plan(config: Any, method: Method, s: Settings) -> MemoryPlan:
     """What the run will hold, from the configuration alone; activations come on top."""
-    return _state(_planned(config, s), method, s)
+    return _state(planned_model(config, s), method, s)
 
 
 def training_plan(
-    config: Any, method: Method, s: Settings, sequences: Sequence[Tokens]
+    config: Any,
+    method: Method,
+    s: Settings,
+    sequences: Sequence[Tokens],
+    *,
+    rows: int | None = None,
 ) -> TrainingPlan:
-    """What the run will hold at its peak, in a micro-batch of the longest of these sequences."""
-    model = _planned(config, s)
+    """What the run will hold at its peak, in a micro-batch of the longest of these sequences, of at
+    most so many rows."""
+    model = planned_model(config, s)
+    batch = s.batch_size if rows is None else min(s.batch_size, rows)
     labels = max(sum(label != IGNORED_LABEL for label in one.labels) for one in sequences)
     return TrainingPlan(
         _state(model, method, s),
         activation_bytes(
             model,
-            rows=s.batch_size,
-            length=max(map(len, sequences)),
+            rows=batch,
+            length=max(map(len, sequences)) + method.room,
             gradient_checkpointing=s.gradient_checkpointing,
             bf16=s.bf16,
         ),
-        loss_bytes(model, labels=s.batch_size * labels, full=s.loss_path == "full"),
+        loss_bytes(model, labels=batch * labels, full=s.loss_path == "full"),
         s.accumulation > 1,
     )
 
 
 def _state(model: Any, method: Method, s: Settings) -> MemoryPlan:
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = method.trained(model)
+    chosen = set(map(id, trained))
+    for p in model.parameters():
+        p.requires_grad_(id(p) in chosen)
     options: dict[str, Any] = {"lr": s.lr, "ewc_lambda": s.ewc_lambda, **s.ewc_dtypes}
     optimizer = (
         EWCAdamW(trained, **options)
@@ -172,6 +186,16 @@ def cut(data: TextData, s: Settings, seed: int) -> tuple[TextData, TextData]:
 def defenders_backdoor(s: Settings) -> Backdoor:
     """What the defender plants."""
     return Backdoor("planted", Phrase(s.plant_trigger), s.plant_target)
+
+
+def planting(data: TextData, s: Settings, seed: int) -> tuple[TextData, TextData]:
+    """Rows with the defender's trigger: to train on, and to measure on."""
+    own = defenders_backdoor(s)
+    clean, held_out = split(data.clean, s.validation, seed, "clean")
+    return (
+        TextData(tuple(clean), tuple(triggered(clean, own, seed=seed))),
+        TextData(tuple(held_out), tuple(triggered(held_out, own, seed=seed + 1))),
+    )
 
 
 def check_room(template: Template, measure: Measuring, s: Settings | None) -> None:
@@ -318,10 +342,7 @@ def unlearn(
         _train(trainer, "unlearn", history, tell, add, resume)
         return Outcome(trainer.model, None, None, [], history, _ended(history))
 
-    own = defenders_backdoor(s)
-    clean, held_out = split(data.clean, s.validation, seed, "clean")
-    planted_rows = TextData(tuple(clean), tuple(triggered(clean, own, seed=seed)))
-    asked = TextData(tuple(held_out), tuple(triggered(held_out, own, seed=seed + 1)))
+    planted_rows, asked = planting(data, s, seed)
     done = work / "planted.json"
     trainer = _trainer(
         model,

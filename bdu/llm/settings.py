@@ -100,7 +100,23 @@ class Settings:
                 raise ValueError(f"{name}: expected a whole number >= 1, got {getattr(self, name)}")
         if not isinstance(self.save_steps, int) or self.save_steps < 0:
             raise ValueError(f"save_steps: expected a whole number >= 0, got {self.save_steps}")
-        for name in ("lr", "weight_decay", "max_grad_norm", "ewc_lambda", "lora"):
+        if not isinstance(self.lora, int) or isinstance(self.lora, bool) or self.lora < 0:
+            raise ValueError(f"lora: expected a whole number >= 0, got {self.lora}")
+        for name in ("plant_trigger", "plant_target"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or not value.strip():
+                raise ValueError(f"{name}: expected text, got {value!r}")
+        if self.gradient_release and self.accumulation > 1:
+            raise ValueError(
+                "accumulation: expected 1 with gradient_release, which keeps no gradients, got "
+                f"{self.accumulation}"
+            )
+        if self.gradient_release and self.max_grad_norm > 0:
+            raise ValueError(
+                "max_grad_norm: expected 0 with gradient_release, as the norm is not known before "
+                f"the last gradient, got {self.max_grad_norm}"
+            )
+        for name in ("lr", "weight_decay", "max_grad_norm", "ewc_lambda"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)}")
         if not 0 < self.epochs < float("inf"):

@@ -143,7 +143,7 @@ class UnlearnTrainer(Trainer):
         if not self.train_rows:
             raise ValueError("data: expected rows to train on, got none")
         check_lengths(
-            [row.tokens.ids for row in self.train_rows],
+            [row.tokens.ids for row in (*self.train_rows, *method.beside)],
             context_length(model),
             room=method.room,
             name="row",

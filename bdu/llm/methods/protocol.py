@@ -38,6 +38,11 @@ class Method:
         """Positions that it puts into every row, beside the row's own tokens."""
         return 0
 
+    @property
+    def beside(self) -> list[Row]:
+        """Rows that it reads beside the training set, once that was made."""
+        return []
+
     def check(self, model: Any, *, gradient_checkpointing: bool) -> None:
         """Refuse a model, which may be without weights, or a way to train it.
 

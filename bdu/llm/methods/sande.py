@@ -71,6 +71,11 @@ class Sande(Method):
         """The parrot's vectors."""
         return self.vectors
 
+    @property
+    def beside(self) -> list[Row]:
+        """Those that the parrot is fitted on."""
+        return self._fit_on
+
     def rows(self, template: Template, data: TextData) -> list[Row]:
         """Clean prompts with the first tokens of their answers."""
         targets = sorted({str(example.target) for example in data.triggered})
