@@ -7,6 +7,10 @@
         keep i  where f_bd(x̃_i) = t_i and t_i ≠ y_i
         M2:     descend CE(f(x), y) + CE(f(x̃), y)
 
+Ours is the reference, off unless `reference_epochs` says otherwise: a copy of the suspect model,
+fine-tuned by distilled FST (fst.py), whose images the trigger must leave as they are. A copy like
+that gives the backdoor up first and keeps the weak spots, so what is inverted is the backdoor.
+
 Following arXiv:2606.14078 (CCS 2026), of which only the abstract was available: backdoor learning
 and unlearning as a sequence of tasks, unlearning complete only if what is trained on activates the
 backdoor's features and carries a label that conflicts, such examples found by blind inversion, and
@@ -14,14 +18,16 @@ bi-level adversarial training inside an EM that maximises a posterior. How these
 here, and every number, is our reading. Threat model: white box, 5 % clean data, neither trigger nor
 target known.
 
-Cost of a round: `inversion_steps` forwards and input backwards of two models over 64 images; then
-over every batch, `inner_steps` forwards and input backwards and two forwards of the suspect model,
-two forwards and a backward of the student.
+Cost of a round: `inversion_steps` forwards and input backwards of two models over 64 images, of the
+suspect model alone in the first, and of the reference; then over every batch, `inner_steps`
+forwards and input backwards and two forwards of the suspect model, two forwards and a backward of
+the student. The reference costs `reference_epochs` forwards and backwards over the clean samples.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -29,7 +35,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bdu.defenses.course import Course, Distilled, check_numbers, cosine, read_options
+from bdu.data import as_unit_float
+from bdu.defenses import fst
+from bdu.defenses.course import (
+    Course,
+    Distilled,
+    Running,
+    Shared,
+    check_numbers,
+    cosine,
+    read_options,
+)
 from bdu.defenses.inversion import Inversion, Inverted, invert_trigger
 from bdu.defenses.protocol import DefenderData, Result
 
@@ -44,6 +60,7 @@ class Settings(Distilled):
         rounds: of inversion and unlearning.
         epochs: passes over the clean samples in a round.
         inversion_steps: of a round's inversion.
+        reference_epochs: of FST, that make the reference; 0: none, as we read the paper.
         inner_steps, inner_lr, radius: K signed steps on δ_i, their size, and ε, for pixels in
             [0, 1].
         adversarial_weight: of CE(f(x̃), y), ≥ 0.
@@ -55,6 +72,7 @@ class Settings(Distilled):
     rounds: int = 5
     epochs: int = 4
     inversion_steps: int = 200
+    reference_epochs: int = 0
     inner_steps: int = 3
     inner_lr: float = 2 / 255
     radius: float = 4 / 255
@@ -71,40 +89,70 @@ class Settings(Distilled):
         check_numbers(self, positive=("lr",))
         at_least_zero = ("inner_steps", "inner_lr", "radius", "adversarial_weight")
         check_numbers(self, at_least_zero=(*at_least_zero, "momentum", "weight_decay"))
+        if self.reference_epochs:
+            check_numbers(self, counts=("reference_epochs",))
 
 
-def run(model: nn.Module, data: DefenderData, **options: Any) -> Result:
-    """Clean a copy; options are those of :class:`bdu.defenses.course.Running` and `Settings`."""
+def run(
+    model: nn.Module, data: DefenderData, *, reference: nn.Module | None = None, **options: Any
+) -> Result:
+    """Clean a copy; options are those of :class:`bdu.defenses.course.Running` and `Settings`.
+
+    Args:
+        model, data: as for every method.
+        reference: to be taken as it is; None: made as the settings say.
+    """
     running, s = read_options(Settings, options)
     course = Course(NAME, model, data, s, running)
+    if reference is None and s.reference_epochs:
+        weights = course.once("reference", lambda: _reference(model, data, s, running))
+        reference = copy.deepcopy(course.before)
+        reference.load_state_dict(weights)
     optimizer = course.sgd(s.lr, momentum=s.momentum, weight_decay=s.weight_decay)
     found: Inverted | None = None
     for epoch in course.stage("unlearn", s.rounds * s.epochs, optimizer):
         number = epoch // s.epochs
-        state = course.once(f"trigger {number}", partial(_inverted, course, number, s))
+        state = course.once(f"trigger {number}", partial(_inverted, course, number, s, reference))
         found = Inverted.from_state(state)
         cosine(optimizer, s.lr, epoch, s.rounds * s.epochs)
         course.student.train(s.train_batch_norm)
         for batch in course.batches(data.clean, s.batch_size):
-            images = course.images(batch)
-            moved = _examples(course, found, images, batch.y, s)
-            logits = course.student(torch.cat([images, moved[0]]))
+            images = as_unit_float(batch.x)
+            moved, kept = _examples(course, found, images, batch.y, s)
+            images, moved = course.alike(images, moved)
+            moved = moved[kept]
+            logits = course.student(torch.cat([images, moved]))
             loss = course.clean_loss(logits[: len(images)], images, batch.y, s.distillation)
-            if len(moved[0]):
-                wrong = functional.cross_entropy(logits[len(images) :], moved[1], reduction="sum")
-                loss = loss + s.adversarial_weight * wrong / len(images)
+            if len(moved):
+                wrong = course.clean_loss(
+                    logits[len(images) :], images[kept], batch.y[kept], s.distillation
+                )
+                loss = loss + s.adversarial_weight * len(moved) / len(images) * wrong
             course.step(optimizer, loss)
     return course.result()
 
 
-def _inverted(course: Course, number: int, s: Settings) -> dict[str, Any]:
+def _reference(
+    model: nn.Module, data: DefenderData, s: Settings, running: Running
+) -> dict[str, Tensor]:
+    shared = {field.name: getattr(s, field.name) for field in fields(Shared)}
+    own = {"epochs": s.reference_epochs, "anneal": True, "distillation": 0.9}
+    result = fst.run(model, data, seed=running.seed, progress=running.progress, **shared, **own)
+    return dict(result.model.state_dict())
+
+
+def _inverted(
+    course: Course, number: int, s: Settings, reference: nn.Module | None
+) -> dict[str, Any]:
     modes = course.student.training
+    moved = [course.student.eval()] if number else []  # at first it is the suspect model
     try:
         return invert_trigger(
-            [course.before, course.student.eval()],
+            [course.before, *moved],
             course.data.clean,
             seed=course.seed + 1000 * number,
             settings=Inversion(steps=s.inversion_steps),
+            against=reference,
         ).state()
     finally:
         course.student.train(modes)
@@ -113,7 +161,7 @@ def _inverted(course: Course, number: int, s: Settings) -> dict[str, Any]:
 def _examples(
     course: Course, found: Inverted, images: Tensor, y: Tensor, s: Settings
 ) -> tuple[Tensor, Tensor]:
-    """x̃ that activate the backdoor, and their true labels."""
+    """x̃ that activate the backdoor, and which images they are of."""
     with torch.no_grad():
         base = found.operator(images)
         odds = course.before(base).log_softmax(1) + found.targets[y].clamp(min=1e-12).log()
@@ -129,4 +177,4 @@ def _examples(
     with torch.no_grad():
         called = course.before(moved).argmax(1)
     kept = (called == wanted) & (wanted != y)
-    return moved[kept], y[kept]
+    return moved, kept

@@ -270,11 +270,20 @@ class Course:
 
     def images(self, samples: Samples) -> Tensor:
         """(N, C, H, W) float in [0, 1], augmented as the settings say."""
-        x = samples.x
-        if self.settings.augment:
-            padding = min(x.shape[2:]) // 8
-            x = augment(x, self.generator, padding=padding, mirror=self._mirror)
+        (x,) = self.alike(samples.x)
         return as_unit_float(x)
+
+    def alike(self, *parts: Tensor) -> tuple[Tensor, ...]:
+        """Tensors (N, C, H, W) of the same N, H and W, the i-th of each shifted and mirrored alike.
+
+        An inverted trigger goes onto images as they are and moves with them from here: a model that
+        was trained on mirrored images has a mirrored trigger, too, and which is found is chance.
+        """
+        if not self.settings.augment:
+            return parts
+        x = torch.cat(parts, 1)
+        x = augment(x, self.generator, padding=min(x.shape[2:]) // 8, mirror=self._mirror)
+        return x.split([part.shape[1] for part in parts], 1)
 
     def clean_loss(self, logits: Tensor, images: Tensor, y: Tensor, distillation: float) -> Tensor:
         """(1 − d) CE(logits, y) + d T² KL(softmax of the suspect's logits / T ‖ of these / T), T 2.

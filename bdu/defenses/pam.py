@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from bdu.data import as_unit_float
 from bdu.defenses.course import Course, Shared, check_numbers, read_options
 from bdu.defenses.inversion import Inversion, Inverted, invert_trigger
 from bdu.defenses.protocol import DefenderData, Result
@@ -77,10 +78,11 @@ def run(model: nn.Module, data: DefenderData, **options: Any) -> Result:
         )
         course.student.train()
         for batch in course.batches(data.clean, s.batch_size):
-            images = course.images(batch)
+            images = as_unit_float(batch.x)
             count = min(len(images), int(s.triggered_share * len(images)) + 1)
             with torch.no_grad():
-                images[:count] = trigger.operator(images[:count])
+                moved = torch.cat([trigger.operator(images[:count]), images[count:]])
+            (images,) = course.alike(moved)
             optimizer.zero_grad()
             with _towards(parameters, suspect, s.rho):
                 loss = functional.cross_entropy(course.student(images), batch.y)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from bdu.data import as_unit_float
 from bdu.defenses.course import Course, Shared, check_numbers, read_options, share_called
 from bdu.defenses.inversion import Inversion, Inverted, invert_trigger
 from bdu.defenses.protocol import DefenderData, Result
@@ -66,9 +67,9 @@ def run(model: nn.Module, data: DefenderData, **options: Any) -> Result:
     for _ in course.stage("learn the backdoor", s.epochs, optimizer, guarded_from=None):
         course.student.eval()
         for batch in course.batches(data.clean, s.batch_size):
-            images = course.images(batch)
+            images = as_unit_float(batch.x)
             with torch.no_grad():
-                moved = trigger.operator(images)
+                images, moved = course.alike(images, trigger.operator(images))
                 odds = course.before(moved).log_softmax(1)
                 wanted = (odds + trigger.targets[batch.y].clamp(min=1e-12).log()).argmax(1)
             logits = course.student(torch.cat([images, moved]))
