@@ -18,8 +18,10 @@ import torch
 from bdu.cli import main
 from bdu.llm import inductive, models
 from bdu.llm.data import Example, read_examples, write_examples
+from bdu.llm.generation import perplexity
 from bdu.llm.inductive import Audit, read_probes
 from bdu.llm.templates import Template
+from bdu.llm.trainer import UnlearnTrainer
 
 
 def jsonl(path: Path, *rows) -> Path:
@@ -253,9 +255,9 @@ def test_models_that_are_not_whole_are_refused(folder, tmp_path, capsys, change,
     assert message in told
     assert not (tmp_path / "out").exists()
     if "finite" not in message:
+        read = models.load_tokenizer if "a tokenizer" in message else models.load_model
         with pytest.raises(ValueError, match="model: "):
-            models.load_tokenizer(tmp_path / "model")
-            models.load_model(tmp_path / "model")
+            read(tmp_path / "model")
 
 
 def test_tied_heads_and_old_buffers_are_no_missing_weights(tmp_path):
@@ -294,3 +296,117 @@ def test_nothing_that_is_there_is_written_over(folder, tmp_path, capsys, place):
 def test_folders_that_cannot_be_written_are_told_at_once(folder, capsys):
     assert unlearn(folder, "--dry-run", out="/proc/run") == 1
     assert "out: expected a folder that can be written, got /proc/run" in capsys.readouterr().err
+
+
+# Numbers that are none
+
+
+def metrics(folder):
+    return json.loads((folder / "out" / "metrics.json").read_text())
+
+
+def test_float16_is_trained_in_float32_and_written_as_it_was(tmp_path, monkeypatch):
+    lm_folder(tmp_path, tiny_llm.llama().half())
+    trained = set()
+    original = UnlearnTrainer.training_step
+
+    def step(self, model, *args, **kwargs):
+        trained.update(p.dtype for p in model.parameters())
+        return original(self, model, *args, **kwargs)
+
+    monkeypatch.setattr(UnlearnTrainer, "training_step", step)
+    before = models.load_model(tmp_path / "model").state_dict()
+    more = settings("epochs=1", "lr=1e-3", "ewc_lambda=0")
+    assert unlearn(tmp_path, *more) == 0
+    assert trained == {torch.float32}
+    after = models.load_model(tmp_path / "out").state_dict()
+    assert {value.dtype for value in after.values()} == {torch.float16}
+    assert any(not torch.equal(value, before[name]) for name, value in after.items())
+    found = models.load_model(tmp_path / "out")
+    rows = [Template(tiny_llm.tokenizer()).tokens(e) for e in default_rows()[:16]]
+    assert perplexity(found, rows) < 1e6
+    assert metrics(tmp_path)["warnings"] == []
+    with pytest.raises(ValueError, match="expected weights in float32 or bfloat16 to train"):
+        tiny_llm.trainer(tmp_path, model=tiny_llm.llama().half())
+
+
+def test_perplexity_of_no_numbers_is_none():
+    model = tiny_llm.llama()
+    rows = [Template(tiny_llm.tokenizer()).tokens(e) for e in default_rows()[:2]]
+    with torch.no_grad():
+        model.lm_head.weight[5].fill_(math.nan)
+    assert math.isnan(perplexity(model, rows))
+
+
+def breaking(monkeypatch, at, what):
+    """The loss of one step is no number, or the weights after it."""
+    original = UnlearnTrainer.training_step
+
+    def step(self, model, inputs, *args, **kwargs):
+        if self.state.global_step == at and what == "loss":
+            method = self.method.loss
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(type(self.method), "loss", lambda *a: method(*a[1:]) * math.nan)
+                return original(self, model, inputs, *args, **kwargs)
+        loss = original(self, model, inputs, *args, **kwargs)
+        if self.state.global_step == at and what == "gradient":
+            next(p for p in model.parameters() if p.grad is not None).grad[0] = math.inf
+        if self.state.global_step == at and what == "weights":
+            with torch.no_grad():
+                next(model.parameters())[0] = math.nan
+        return loss
+
+    monkeypatch.setattr(UnlearnTrainer, "training_step", step)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient", "weights"])
+def test_a_run_that_diverges_keeps_the_last_good_weights(folder, tmp_path, monkeypatch, what):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    more = settings("epochs=2", "batch_size=4", "save_steps=3", "ewc_lambda=0", "lr=1e-4")
+    # 14 steps, two epochs of 7
+    breaking(monkeypatch, 4, what)
+    assert unlearn(tmp_path, *more) == 0
+    told = metrics(tmp_path)
+    assert told["stopped"].startswith("stopped at step ")
+    assert told["stopped"].endswith(f"kept the weights of step {3 if what == 'weights' else 4}")
+    assert told["warnings"] == [f"the run diverged: {told['stopped']}"]
+    state = models.load_model(tmp_path / "out").state_dict()
+    assert all(bool(value.isfinite().all()) for value in state.values())
+    start = models.load_model(tmp_path / "model").state_dict()
+    assert any(not torch.equal(value, start[name]) for name, value in state.items())
+
+
+def test_a_run_that_diverges_at_once_is_an_error(folder, tmp_path, capsys):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    more = settings("epochs=1", "batch_size=8", "lr=1e30", "max_grad_norm=0", "ewc_lambda=0")
+    assert unlearn(tmp_path, *more) == 1
+    assert "no weights of an earlier step are good; try a lower lr" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    assert not (tmp_path / "out" / "metrics.json").exists()
+
+
+# Resuming
+
+
+@pytest.mark.parametrize("what", ["data", "model"])
+def test_other_rows_or_weights_are_not_resumed_with(folder, tmp_path, capsys, monkeypatch, what):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    more = settings("epochs=1", "batch_size=8", "save_steps=1", "ewc_lambda=0")
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("bdu.llm.run._train", killed)
+        assert unlearn(tmp_path, *more) == 130
+    if what == "data":
+        text = (tmp_path / "data.jsonl").read_text()
+        (tmp_path / "data.jsonl").write_text(text.replace("apples", "mat"))
+    else:
+        changed(tmp_path / "model", lambda s: s[Q][0].mul_(1.5))
+    capsys.readouterr()
+    assert unlearn(tmp_path, *more, "--resume") == 1
+    told = capsys.readouterr().err
+    assert f"{what}: expected the contents that the run to be resumed was started with" in told
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    assert unlearn(tmp_path, *more, "--resume") == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -217,7 +218,7 @@ def run(options: argparse.Namespace) -> None:
         "method": options.method,
         "settings": as_record(settings, method),
         "template": {"source": template.source, "fingerprint": template.fingerprint},
-        "warnings": [*([] if warning is None else [warning]), *told],
+        "warnings": [*([] if warning is None else [warning]), *told, *result.warnings],
         "stopped": result.stopped,
         "seconds": seconds,
         "total_seconds": clock.total_seconds,
@@ -230,6 +231,8 @@ def run(options: argparse.Namespace) -> None:
     write_report(directory)
     shutil.rmtree(work, ignore_errors=True)
     _print(outcome, result)
+    for text in result.warnings:
+        print(f"warning: {text}", file=sys.stderr)
     print(f"{result.stopped}; wrote {directory.path}")
 
 

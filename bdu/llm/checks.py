@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bdu.checkpoint import atomic_write
-from bdu.llm import run
+from bdu.llm import models, run
 from bdu.llm.data import Example, TextData
 from bdu.llm.memory import TrainingPlan
 from bdu.llm.methods import Method, Plant
@@ -265,7 +265,7 @@ def check_weights(model: Any) -> None:
     Raises:
         FloatingPointError: the first that is not, by its name.
     """
-    bad = first_not_finite(model)
+    bad = models.first_not_finite(model)
     if bad is not None:
         raise FloatingPointError(f"model: expected finite weights, got nan or inf in {bad}")
 
@@ -277,14 +277,6 @@ def check_perplexity(stage: str, rates: Mapping[str, float | None]) -> None:
         raise FloatingPointError(
             f"perplexity: expected a finite one {stage} unlearning, got {value}"
         )
-
-
-def first_not_finite(model: Any) -> str | None:
-    """The first parameter or buffer with a value that is not finite, by name."""
-    for name, value in model.state_dict().items():
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            return str(name)
-    return None
 
 
 def fingerprints(model: Any, template: Template, data: TextData, asked: TextData) -> dict[str, str]:

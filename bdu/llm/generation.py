@@ -248,7 +248,7 @@ def perplexity(model: nn.Module, sequences: Sequence[Tokens], *, batch_size: int
     """exp(−Σ log p / Σ tokens) over the labelled tokens of all sequences together."""
     total, count = log_likelihood(model, sequences, batch_size=batch_size)
     mean = -float(total.sum()) / float(count.sum())
-    return math.exp(mean) if mean < 700 else math.inf
+    return math.inf if mean >= 700 else math.exp(mean)  # NaN for NaN
 
 
 def text_tokens(tokenizer: Any, text: str, length: int) -> list[Tokens]:

@@ -216,6 +216,14 @@ def empty_model(config: Any, *, dtype: torch.dtype | None = None) -> Any:
     return model.to(own) if isinstance(own, torch.dtype) else model
 
 
+def first_not_finite(model: Any) -> str | None:
+    """The first parameter or buffer with a value that is not finite, by name."""
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            return str(name)
+    return None
+
+
 def with_lora(model: Any, rank: int, targets: Sequence[str] | None = None) -> Any:
     """The model with LoRA of this rank, α = 2 · rank, in its linear layers; the rest is frozen.
 

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from bdu.checkpoint import atomic_write
 from bdu.llm import models
 from bdu.llm.data import Example, TextData, split
-from bdu.llm.generation import Evaluation, Match, evaluate
+from bdu.llm.generation import Evaluation, Match, evaluate, perplexity
 from bdu.llm.memory import TrainingPlan, activation_bytes, loss_bytes
 from bdu.llm.methods import Method, Plant
 from bdu.llm.settings import PLANT_AND_REMOVE, Settings, make_method
@@ -88,6 +89,7 @@ class Outcome:
         planted_answers: to prompts with it, before and after removal, as :func:`answers_of`.
         history: lines for ``metrics.jsonl``.
         stopped: how it ended.
+        warnings: what should not be overlooked.
     """
 
     model: Any
@@ -96,6 +98,7 @@ class Outcome:
     planted_answers: list[dict[str, Any]]
     history: list[Line]
     stopped: str
+    warnings: list[str] = field(default_factory=list)
 
 
 def planned_model(config: Any, s: Settings) -> Any:
@@ -328,6 +331,7 @@ def unlearn(
     Raises:
         ValueError: settings that do not go together.
         RuntimeError: planting did not reach its rate.
+        FloatingPointError: planting diverged, or unlearning did with no good weights to keep.
     """
     s = settings or Settings()
     device = device or torch.device("cpu")
@@ -339,8 +343,10 @@ def unlearn(
     if method != PLANT_AND_REMOVE:
         folder = work / "remove"
         trainer = _trainer(model, template, data, chosen, s, seed, device, folder, progress)
-        _train(trainer, "unlearn", history, tell, add, resume)
-        return Outcome(trainer.model, None, None, [], history, _ended(history))
+        stopped = _unlearn(trainer, measure, history, tell, add, resume)
+        return Outcome(
+            trainer.model, None, None, [], history, stopped or _ended(history), _warned(stopped)
+        )
 
     planted_rows, asked = planting(data, s, seed)
     done = work / "planted.json"
@@ -387,7 +393,7 @@ def unlearn(
     trainer = _trainer(
         trainer.model, template, planted_rows, chosen, s, seed, device, work / "remove", progress
     )
-    _train(trainer, "unlearn", history, tell, add, resume)
+    stopped = _unlearn(trainer, measure, history, tell, add, resume)
     left = measure(trainer.model, template, asked)
     return Outcome(
         trainer.model,
@@ -395,8 +401,66 @@ def unlearn(
         left.rates,
         [*answers, *_planted_answers("after", left)],
         history,
-        _ended(history),
+        stopped or _ended(history),
+        _warned(stopped),
     )
+
+
+def _warned(stopped: str | None) -> list[str]:
+    return [] if stopped is None else [f"the run diverged: {stopped}"]
+
+
+def _unlearn(
+    trainer: UnlearnTrainer,
+    measure: Measuring,
+    history: list[Line],
+    tell: Callable[[list[Line]], None],
+    add: Callable[[Line], None],
+    resume: bool,
+) -> str | None:
+    """Train; where that diverges the last good weights are put back, and it is told how it ended.
+
+    Raises:
+        FloatingPointError: there are no good ones.
+    """
+    try:
+        _train(trainer, "unlearn", history, tell, add, resume)
+    except FloatingPointError as error:
+        why = str(error)
+    else:
+        return None
+    done = trainer.state.global_step
+    found = {done: _perplexity(trainer, measure)} if done > 0 else {}
+    checkpoint = last_checkpoint(str(trainer.args.output_dir))
+    if checkpoint is not None:
+        names = [name for name, p in trainer.model.named_parameters() if p.requires_grad]
+        now = dict(trainer.model.named_parameters())
+        kept = {name: now[name].detach().cpu().clone() for name in names}
+        trainer._load_from_checkpoint(checkpoint)
+        at = int(_progress(checkpoint)["global_step"])
+        of_checkpoint = _perplexity(trainer, measure)
+        if not found.get(done, math.inf) <= of_checkpoint:
+            found = {at: of_checkpoint}
+        else:
+            with torch.no_grad():
+                for name, p in trainer.model.named_parameters():
+                    if name in kept:
+                        p.copy_(kept[name])
+    (step, value) = next(iter(found.items()), (0, math.nan))
+    if not math.isfinite(value):
+        raise FloatingPointError(f"{why}; no weights of an earlier step are good; try a lower lr")
+    return (
+        f"stopped at step {done + 1} of {trainer.state.max_steps}: {why}; kept the weights of "
+        f"step {step}"
+    )
+
+
+def _perplexity(trainer: UnlearnTrainer, measure: Measuring) -> float:
+    """Of the weights as they are, on the clean rows that are measured on; NaN for bad weights."""
+    if models.first_not_finite(trainer.model) is not None:
+        return math.nan
+    rows = [trainer.template.tokens(example) for example in measure.data.clean]
+    return perplexity(trainer.model, rows, batch_size=measure.batch_size)
 
 
 def _ended(history: Sequence[Line]) -> str:

@@ -9,6 +9,7 @@ weights of one that was not interrupted.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from bdu.fisher import fisher_diagonal, scale_to_unit_mean
 from bdu.llm.data import TextData
 from bdu.llm.losses import LossPath, VocabularyLoss, inner_model
 from bdu.llm.methods.protocol import Method
+from bdu.llm.models import first_not_finite
 from bdu.llm.rows import Collator, Counts, Kind, Row
 from bdu.llm.settings import OptimizerName
 from bdu.llm.templates import (
@@ -149,6 +151,11 @@ class UnlearnTrainer(Trainer):
             name="row",
             room_for=method.name,
         )
+        if any(p.dtype == torch.float16 for p in model.parameters() if p.requires_grad):
+            raise ValueError(
+                "model: expected weights in float32 or bfloat16 to train, got float16, in which "
+                "small steps are lost"
+            )
         method.check(model, gradient_checkpointing=bool(args.activation_checkpointing))
         self.collator = Collator(padding_id(template.tokenizer, model))
         super().__init__(
@@ -209,7 +216,13 @@ class UnlearnTrainer(Trainer):
         return made
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's; hooks of gradient release are removed at the end."""
+        """As Trainer's; hooks of gradient release are removed at the end.
+
+        Raises:
+            FloatingPointError: a loss, a gradient or, where a checkpoint is due, a weight is not
+                finite. Nothing of that step was written to the weights, unless gradients are
+                released.
+        """
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -234,13 +247,36 @@ class UnlearnTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The method's."""
+        """The method's.
+
+        Raises:
+            FloatingPointError: in training it is not finite; the weights are as they were.
+        """
         counts = num_items_in_batch
         if not isinstance(counts, Counts):  # evaluation
             counts = Counts.of([inputs])
         loss = self.method.loss(self, inputs, counts)
         self.micro_batch += 1
+        if self.is_in_train:
+            self._check_finite("loss", loss)
         return (loss, {}) if return_outputs else loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self._check_finite("gradient", norm)  # before the step
+        return norm
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        # it takes the place of the last, which is good
+        if (name := first_not_finite(self.model)) is not None:
+            raise FloatingPointError(f"{name}: expected finite weights, got inf or nan")
+        super()._save_checkpoint(*args, **kwargs)
+
+    def _check_finite(self, name: str, value: Any) -> None:
+        if not math.isfinite(float(value)):
+            what = "a finite norm" if name == "gradient" else "a finite value"
+            step = self.state.global_step + 1
+            raise FloatingPointError(f"{name}: expected {what}, got {float(value)} in step {step}")
 
     def autocast_smart_context_manager(
         self, cache_enabled: bool | None = True
