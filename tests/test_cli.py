@@ -392,6 +392,22 @@ def test_interrupted_unlearn_resumes_to_the_same_weights(planted, cleaned, tmp_p
     assert RunDirectory(out).read_lines() == lines
 
 
+def test_run_goes_on_with_its_own_settings(planted, cleaned, tmp_path, capsys):
+    out = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_after(2, patch)
+        assert main(unlearn(planted, out)) == 130
+    assert f"continue with --resume --out {out}" in capsys.readouterr().err
+    assert main(["unlearn", "--resume", "--out", str(out), "--quiet"]) == 0
+    assert_same_weights(cleaned / "model.safetensors", out / "model.safetensors")
+    assert_refused(
+        ["unlearn", "--resume", "--out", tmp_path / "other"], "are required", capsys, out
+    )
+    assert_refused(
+        ["poison", "--resume", "--out", out], "is of bdu unlearn, got bdu poison", capsys, out
+    )
+
+
 def test_finished_run_resumed_gives_the_same_weights(data, tmp_path):
     out = tmp_path / "run"
     assert main(poison(data, out)) == 0

@@ -458,7 +458,10 @@ def test_model_folders_that_do_not_serve_are_refused(folder, tmp_path, capsys, c
         (("--set", "bf16=1"), "bf16: expected true or false"),
         (("--set", "optimizer=adam"), "optimizer: expected one of adamw, sgd"),
         (("--template", "absent.jinja"), "template: expected 'tokenizer', 'none'"),
-        (("--max-new-tokens", "60"), "expected at most 4 tokens (a context of 64 less 60 for the answer)"),
+        (
+            ("--max-new-tokens", "60"),
+            "expected at most 4 tokens (a context of 64 less 60 for the answer)",
+        ),
         (("--max-new-tokens", "1"), "max_new_tokens: expected at least"),
         (("--eval-data", "absent.jsonl"), "data: expected a JSONL file"),
         (("--clean", "absent.jsonl"), "data: expected either data, or clean and triggered"),

@@ -67,7 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"bdu {_called(options.command)}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        hint = "; continue with --resume" if hasattr(options, "resume") else ""
+        can_go_on = hasattr(options, "resume")
+        hint = f"; continue with --resume --out {options.out}" if can_go_on else ""
         print(f"bdu {_called(options.command)}: interrupted{hint}", file=sys.stderr)
         return 130
     return 0
