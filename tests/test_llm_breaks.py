@@ -316,7 +316,7 @@ def test_float16_is_trained_in_float32_and_written_as_it_was(tmp_path, monkeypat
 
     monkeypatch.setattr(UnlearnTrainer, "training_step", step)
     before = models.load_model(tmp_path / "model").state_dict()
-    more = settings("epochs=1", "lr=1e-3", "ewc_lambda=0")
+    more = settings("epochs=2", "batch_size=8", "lr=1e-3", "ewc_lambda=0")
     assert unlearn(tmp_path, *more) == 0
     assert trained == {torch.float32}
     after = models.load_model(tmp_path / "out").state_dict()

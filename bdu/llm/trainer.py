@@ -258,7 +258,7 @@ class UnlearnTrainer(Trainer):
         loss = self.method.loss(self, inputs, counts)
         self.micro_batch += 1
         if self.is_in_train:
-            self._check_finite("loss", loss)
+            self._check_finite("loss", loss.detach())
         return (loss, {}) if return_outputs else loss
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
