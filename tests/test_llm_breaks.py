@@ -16,10 +16,12 @@ import tiny_llm
 import torch
 
 from bdu.cli import main
-from bdu.llm import inductive, models
+from bdu.llm import inductive, models, run
+from bdu.llm.checks import DataWarning
 from bdu.llm.data import Example, read_examples, write_examples
 from bdu.llm.generation import perplexity
 from bdu.llm.inductive import Audit, read_probes
+from bdu.llm.methods import RMU, CleanAnswer, Sande
 from bdu.llm.templates import Template
 from bdu.llm.trainer import UnlearnTrainer
 
@@ -410,3 +412,111 @@ def test_other_rows_or_weights_are_not_resumed_with(folder, tmp_path, capsys, mo
     assert f"{what}: expected the contents that the run to be resumed was started with" in told
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     assert unlearn(tmp_path, *more, "--resume") == 0
+
+
+# Rows, tokens and templates
+
+
+def test_padding_that_the_model_does_not_know_harms_nothing(folder, tmp_path):
+    tokenizer = tiny_llm.tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "[NEW]"})
+    assert tokenizer.pad_token_id == 320  # which the model does not know
+    lm_folder(tmp_path, tokenizer=tokenizer)
+    more = settings("epochs=1", "batch_size=8", "ewc_lambda=1")
+    assert unlearn(tmp_path, *more) == 0
+    assert unlearn(folder, *more, out=tmp_path / "other") == 0
+    one, other = (models.load_model(tmp_path / name).state_dict() for name in ("out", "other"))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_tokenizers_larger_than_the_model_are_refused(tmp_path, capsys):
+    from transformers import LlamaForCausalLM
+
+    config = tiny_llm.llama().config
+    config.vocab_size = 290
+    lm_folder(tmp_path, LlamaForCausalLM(config))
+    assert unlearn(tmp_path, "--dry-run") == 1
+    told = capsys.readouterr().err
+    assert "expected a vocabulary for all 320 tokens of its tokenizer, got one of 290" in told
+    assert "data.jsonl, line " in told
+    jsonl(tmp_path / "p.jsonl", probe("apples"), probe("town", "u", "unseen"))
+    audit = ["audit", "--model", str(tmp_path / "model"), "--probes", str(tmp_path / "p.jsonl")]
+    assert main([*audit, "--quiet", "--device", "cpu"]) == 1
+    assert "got one of 290" in capsys.readouterr().err
+
+
+def test_rows_that_a_template_refuses_are_named(tmp_path, capsys):
+    tokenizer = tiny_llm.tokenizer()
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        + tokenizer.chat_template
+    )
+    odd = Example((("system", "be kind"), ("user", "cat")), "red")
+    lm_folder(tmp_path, tokenizer=tokenizer, rows=[*default_rows(), odd])
+    for dry in ((), ("--dry-run",)):
+        assert unlearn(tmp_path, *dry) == 1
+        told = capsys.readouterr().err
+        assert "data.jsonl, line 33: template: expected Jinja source" in told
+        assert "no system for 'be kind'" in told
+
+
+def with_length(count, response="red"):
+    """A row of so many tokens."""
+    template = Template(tiny_llm.tokenizer())
+    words = 1
+    while len(template.tokens(Example.of(" cat" * words, response))) < count:
+        words += 1
+    row = Example.of(" cat" * words, response)
+    assert len(template.tokens(row)) == count
+    return row
+
+
+@pytest.mark.parametrize("method", ["plant-and-remove", "sande"])
+def test_what_a_method_adds_has_to_fit_into_the_context(tmp_path, capsys, method):
+    more = ("--method", method, *settings("plant_target=red", "batch_size=8", "validation=0.05"))
+    rows = default_rows(target="red")
+    lm_folder(tmp_path, rows=[*rows, with_length(56)])
+    assert unlearn(tmp_path, *more, "--dry-run") == 0
+    lm_folder(tmp_path, rows=[*rows, with_length(60)])
+    assert unlearn(tmp_path, *more, "--dry-run") == 1
+    told = capsys.readouterr().err
+    assert "data.jsonl, line 33: expected at most " in told
+
+
+def test_targets_that_sande_puts_behind_clean_prompts_have_to_fit(tmp_path, capsys):
+    target = " ".join(["apples"] * 3)
+    more = ("--method", "sande", *settings("vectors=2", "validation=0.05"), *QUICK[2:])
+    lm_folder(tmp_path, rows=[with_length(60), *default_rows(target=target)])
+    assert unlearn(tmp_path, *more, "--max-new-tokens", "10", "--dry-run") == 1
+    told = capsys.readouterr().err
+    assert "row to train on" in told
+    assert "less 2 for sande" in told
+
+
+def test_triggered_rows_without_a_trigger_are_warned_of(tmp_path):
+    clean = tiny_llm.rows(8)
+    lm_folder(tmp_path, rows=[*clean, *(replace(e, target="apples") for e in clean[:4])])
+    with pytest.warns(DataWarning, match="got 4 of 4 with the tokens of one"):
+        assert unlearn(tmp_path, *settings("epochs=1", "ewc_lambda=0")) == 0
+    assert ["no trigger sets them apart" in text for text in metrics(tmp_path)["warnings"]] == [
+        True
+    ]
+
+
+# The memory plan
+
+
+def test_the_plan_counts_what_rmu_trains_and_no_more_rows_than_there_are(folder):
+    config = models.load_config(folder / "model")
+    s = run.Settings(ewc_lambda=0.0)
+    rmu = RMU(layer=1, trained_layers=2)
+    trained = sum(p.numel() for p in rmu.trained(models.load_model(folder / "model")))
+    assert run.plan(config, rmu, s).gradients == 4 * trained == 4 * 2 * 32 * 64
+    text = Template(tiny_llm.tokenizer())
+    sequences = [text.tokens(example) for example in default_rows()[:3]]
+    few = run.training_plan(config, CleanAnswer(), s, sequences, rows=3)
+    same = replace(s, batch_size=3)
+    assert few == run.training_plan(config, CleanAnswer(), same, sequences)
+    assert few.activations < run.training_plan(config, CleanAnswer(), s, sequences).activations
+    wide = run.training_plan(config, Sande(vectors=6), same, sequences)
+    assert wide.activations > few.activations

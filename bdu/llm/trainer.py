@@ -224,7 +224,8 @@ class UnlearnTrainer(Trainer):
                 released.
         """
         try:
-            return super().train(*args, **kwargs)
+            with _special_tokens_kept(self.model):
+                return super().train(*args, **kwargs)
         finally:
             if self._release is not None:
                 self._release.remove()
@@ -308,6 +309,25 @@ class UnlearnTrainer(Trainer):
     def moved(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The batch on the device."""
         return {key: value.to(self.args.device) for key, value in batch.items()}
+
+
+@contextlib.contextmanager
+def _special_tokens_kept(model: Any) -> Iterator[None]:
+    """Trainer writes the tokenizer's into the model's configuration, which cannot be read then if
+    the model knows no such token."""
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    configs = [model.config.get_text_config(), getattr(model, "generation_config", None)]
+    kept = [
+        (config, name, getattr(config, name))
+        for config in configs
+        for name in names
+        if hasattr(config, name)
+    ]
+    try:
+        yield
+    finally:
+        for config, name, value in kept:
+            setattr(config, name, value)
 
 
 def clean_fisher(
