@@ -141,6 +141,7 @@ class RunDirectory:
         if not file.exists():
             return []
         lines = []
+        has_ended = (self.path / "metrics.json").exists()  # and all lines were written as one
         texts = file.read_text(encoding="utf-8").split("\n")
         for number, line in enumerate(texts, 1):
             if not line.strip():
@@ -148,7 +149,7 @@ class RunDirectory:
             try:
                 lines.append(json.loads(line))
             except ValueError as error:
-                if number == len(texts):
+                if number == len(texts) and not has_ended:
                     continue  # without an end: a power cut came while it was added
                 raise ValueError(
                     f"{file}: expected JSON in line {number}, got {line[:60]!r}"

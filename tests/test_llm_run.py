@@ -322,6 +322,9 @@ def test_line_that_a_power_cut_left_half_is_left_out(tmp_path):
     whole = file.read_text()
     file.write_text(whole + '{"step": 3, "lo')
     assert run.read_lines() == [{"step": 1, "loss": None}, {"step": 2, "loss": None}]
+    (tmp_path / "metrics.json").touch()
+    with pytest.raises(ValueError, match=r"metrics\.jsonl: expected JSON in line 3"):
+        run.read_lines()
     file.write_text(whole[:-4] + "\n" + whole)
     with pytest.raises(ValueError, match=r"metrics\.jsonl: expected JSON in line 2"):
         run.read_lines()
