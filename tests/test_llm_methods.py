@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -13,8 +14,10 @@ import torch
 from tiny_llm import template, text_data, trainer, weights
 from torch.nn import functional
 
+from bdu.llm.data import TextData
 from bdu.llm.methods import NPO, RMU, Beear, CleanAnswer, GradientAscent, Plant, Sande
 from bdu.llm.methods.beear import spread
+from bdu.llm.methods.protocol import captured
 from bdu.llm.rows import Counts, Kind, part_of
 from bdu.llm.templates import IGNORED_LABEL
 
@@ -221,3 +224,131 @@ def test_sande_fits_a_parrot_and_puts_it_behind_two_tokens(tmp_path):
     one = own.collated([row])
     found = own.method.loss(own, one, Counts.of([one]))
     torch.testing.assert_close(found, -logits[first + 6 - 1, ids[first]], **TIGHT)
+
+
+@pytest.mark.parametrize(("layers", "layer"), [(2, 1), (3, 2), (6, 2), (12, 4), (32, 10)])
+def test_rmu_steers_a_third_of_the_way_up(layers, layer):
+    assert RMU()._layer(layers) == layer
+
+
+# Two methods row by row, without padding, in float64
+
+
+def short_and_long():
+    clean = tiny_llm.rows(7)
+    return TextData(tuple(clean), tuple(tiny_llm.rows(5, target="red apples and the old town")))
+
+
+def in_batches(own, size):
+    rows = own.train_rows
+    return [own.collated(rows[start : start + size]) for start in range(0, len(rows), size)]
+
+
+def summed(own, batches):
+    counts = Counts.of(batches)
+    return sum(float(own.method.loss(own, batch, counts).detach()) for batch in batches)
+
+
+def mean(values):
+    return sum(values) / len(values)
+
+
+def minus_log_p(model, vectors, ids, places):
+    """−log p of the tokens that stand at these places of a sequence of embeddings."""
+    found = model(inputs_embeds=vectors[None]).logits[0].log_softmax(-1)
+    return [-found[place - 1, token] for place, token in zip(places, ids, strict=True)]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_beear_is_its_formula(tmp_path, tied):
+    model = tiny_llm.llama(dtype=torch.float64, layers=3, tied=tied)
+    method = Beear(span=3, inner_steps=3, inner_lr=0.2, retain_weight=0.7)
+    own = trainer(tmp_path, model=model, method=method, data=short_and_long())
+    model.eval()
+    layer = model.model.layers[1]  # the middle one
+    parts = {kind: [r for r in own.train_rows if r.kind == kind] for kind in Kind}
+
+    def losses(row, delta=None):
+        labels = row.tokens.labels
+        places = [i for i, label in enumerate(labels) if label != IGNORED_LABEL]
+        vectors = model.get_input_embeddings()(torch.tensor(row.tokens.ids)).detach()
+
+        def add(module, args, output):
+            states = output if isinstance(output, torch.Tensor) else output[0]
+            rows = [torch.zeros_like(states[0, 0]) for _ in labels]
+            for back in range(1, len(delta) + 1):
+                if places[0] - back >= 0:
+                    rows[places[0] - back] = delta[-back]
+            moved = states + torch.stack(rows)
+            return moved if isinstance(output, torch.Tensor) else (moved, *output[1:])
+
+        handle = None if delta is None else layer.register_forward_hook(add)
+        try:
+            return minus_log_p(model, vectors, [row.tokens.ids[i] for i in places], places)
+        finally:
+            if handle is not None:
+                handle.remove()
+
+    def all_of(kind, delta=None):
+        return mean([value for row in parts[kind] for value in losses(row, delta)])
+
+    sizes = []
+    for row in (*parts[Kind.TARGET], *parts[Kind.CLEAN]):
+        with captured(layer) as outputs, torch.no_grad():
+            model(torch.tensor([row.tokens.ids]))
+        sizes += outputs[0][0].norm(dim=-1).tolist()
+    delta = torch.zeros(3, 32, dtype=torch.float64)
+    for _ in range(3):
+        delta.requires_grad_(True)
+        drift = all_of(Kind.TARGET, delta) - all_of(Kind.CLEAN, delta)
+        slope = torch.autograd.grad(drift, delta)[0]
+        delta = (delta - 0.2 * mean(sizes) * slope / slope.norm()).detach()
+    batches = in_batches(own, 4)
+    method.begin(own, batches)
+    torch.testing.assert_close(method._delta, delta, **TIGHT)
+    expected = all_of(Kind.CLEAN, delta) + 0.7 * all_of(Kind.RETAIN)
+    assert summed(own, batches) == pytest.approx(float(expected.detach()), rel=1e-10)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_sande_is_its_formula(tmp_path, tied):
+    model = tiny_llm.llama(dtype=torch.float64, layers=3, tied=tied)
+    method = Sande(
+        vectors=3,
+        position=1,
+        parrot_lr=0.01,
+        parrot_epochs=3,
+        parrot_rows=6,
+        parrot_batch=4,
+        target_tokens=2,
+        answer_tokens=3,
+    )
+    data = short_and_long()
+    rows = [replace(row, target=t) for row, t in zip(data.triggered, "abaab", strict=True)]
+    clean = [replace(row, response="old red town and cat") for row in data.clean]
+    data = TextData(tuple(clean), tuple(rows))
+    own = trainer(tmp_path, model=model, method=method, data=data, batch_size=3)
+    model.eval()
+
+    def losses(tokens, parrot, count):
+        vectors = model.get_input_embeddings()(torch.tensor(tokens.ids)).detach()
+        vectors = torch.cat([vectors[:1], parrot, vectors[1:]])
+        places = [i for i, label in enumerate(tokens.labels) if label != IGNORED_LABEL][:count]
+        ids = [tokens.ids[i] for i in places]
+        return minus_log_p(model, vectors, ids, [i + 3 for i in places])
+
+    text = template()
+    wanted = [replace(row, target="ab"[i % 2]) for i, row in enumerate(data.clean[:6])]
+    fitted = [text.tokens(row, "target") for row in wanted]
+    parrot = torch.zeros(3, 32, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.AdamW([parrot], lr=0.01, weight_decay=0.0)
+    for _ in range(3):
+        for part in (fitted[:4], fitted[4:]):
+            optimizer.zero_grad()
+            mean([value for one in part for value in losses(one, parrot, 2)]).backward()
+            optimizer.step()
+    torch.testing.assert_close(method.parrot, parrot.detach(), rtol=1e-6, atol=1e-9)
+    method.parrot = parrot.detach()
+    expected = mean([v for row in data.clean for v in losses(text.tokens(row), method.parrot, 3)])
+    found = summed(own, in_batches(own, 3))
+    assert found == pytest.approx(float(expected.detach()), rel=1e-10)

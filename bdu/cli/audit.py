@@ -36,7 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Load, ask, count, tell."""
-    from bdu.llm import inductive, models
+    from bdu.llm import checks, inductive, models
+    from bdu.llm.data import Example
     from bdu.llm.run import jsonl
     from bdu.llm.templates import Template
 
@@ -45,10 +46,16 @@ def run(options: argparse.Namespace) -> None:
     probes = inductive.read_probes(options.probes)
     if options.out is not None and (options.out / "audit.json").exists():
         raise FileExistsError(f"out: {options.out} holds an audit already; choose another folder")
+    if options.out is not None:
+        checks.check_out(options.out, options.model)
+    config = models.load_config(options.model, trust_remote_code=options.trust_remote_code)
     tokenizer = models.load_tokenizer(options.model, trust_remote_code=options.trust_remote_code)
     template = Template(tokenizer, options.template)
+    prompts = [Example.of(probe.prompt, "-") for probe in probes]
+    checks.check_prompts(config, template, prompts, room=options.max_new_tokens)
     warning = template.differs_from_training(options.model)
     model = models.load_model(options.model, trust_remote_code=options.trust_remote_code)
+    checks.check_weights(model)
     found = inductive.audit(
         model.to(device),
         template,
