@@ -34,8 +34,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bdu.data import as_unit_float
-from bdu.defenses import finetuning, fst, ulrl
+from bdu.defenses import bi_bau, fst, ulrl
 from bdu.defenses.course import (
+    COMPLETED,
     Course,
     Running,
     Shared,
@@ -50,11 +51,15 @@ from bdu.metrics import predict
 NAME = "auto"
 CANDIDATES: dict[str, tuple[Callable[..., Result], str, dict[str, Any]]] = {
     "fst": (fst.run, "epochs", {"lr": 0.01, "anneal": True, "distillation": 0.9}),
+    "bi-bau": (
+        bi_bau.run,
+        "epochs",
+        {"lr": 0.01, **bi_bau.AGAINST_A_REFERENCE},
+    ),
     "ulrl": (ulrl.run, "relearn_epochs", {"lr": 5e-3, "distillation": 0.9, "least": 1}),
-    "fine-tuning": (finetuning.run, "epochs", {"lr": 0.02, "distillation": 0.5}),
 }
 """Name → its run, what its epochs are called, and other settings; the first is what the suspect
-model is compared with."""
+model is compared with, and the reference of the second."""
 _BATCH = 128  # of the candidates
 # Of a candidate's learning rate, the next where accuracy collapsed: large logits want a small one.
 _LR_SHARES = (1.0, 0.1, 0.01)
@@ -103,7 +108,8 @@ def run(model: nn.Module, data: DefenderData, **options: Any) -> Result:
     tried: dict[str, dict[str, Tensor]] = course.once("tried", dict)
     suspect = _successes(course.before, data, probes)
     for number in course.stage("try", len(names), guarded_from=None):
-        cleaned = _candidate(names[number], model, data, s, running)
+        first = _with(course.before, tried[names[0]]) if number else None
+        cleaned = _candidate(names[number], model, data, s, running, first)
         tried[names[number]] = dict(cleaned.state_dict())
         course.student.load_state_dict(cleaned.state_dict())
         gap = float((suspect - _successes(cleaned, data, probes)).max())
@@ -127,16 +133,23 @@ def run(model: nn.Module, data: DefenderData, **options: Any) -> Result:
 
 
 def _candidate(
-    name: str, model: nn.Module, data: DefenderData, s: Settings, running: Running
+    name: str,
+    model: nn.Module,
+    data: DefenderData,
+    s: Settings,
+    running: Running,
+    reference: nn.Module | None,
 ) -> nn.Module:
     method, epochs, own = CANDIDATES[name]
+    if method is bi_bau.run:
+        own = {"reference": reference, **own}
     batches = math.ceil(len(data.clean) / _BATCH)
     own = {epochs: max(20, math.ceil(s.steps / batches)), "batch_size": _BATCH, **own}
     shared = {field.name: getattr(s, field.name) for field in fields(Shared)}
     for lr_share in _LR_SHARES:
         own["lr"] = lr_share * CANDIDATES[name][2]["lr"]
         result = method(model, data, seed=running.seed, progress=running.progress, **shared, **own)
-        if result.stopped.startswith("ran"):
+        if result.stopped == COMPLETED:
             break
     return result.model
 

@@ -605,6 +605,29 @@ def test_against_a_reference_the_inversion_leaves_weak_spots_that_both_have(agai
     assert (found.operator(x) - x).abs().mean((0, 1)).argmax() == place
 
 
+def test_bi_bau_inverts_against_a_copy_that_fst_made(planted, monkeypatch):
+    seen = []
+    invert = bi_bau.invert_trigger
+
+    def look(models, clean, *, against, **more):
+        seen.append((list(models), against))
+        return invert(models, clean, against=against, **more)
+
+    monkeypatch.setattr(bi_bau, "invert_trigger", look)
+    planted.unlearn("bi-bau")
+    assert [(len(models), against) for models, against in seen] == [(1, None), (2, None)]
+    planted.unlearn("bi-bau", reference_epochs=40, rounds=1)
+    models, against = seen[2]
+    assert differing(models[0].state_dict(), against.state_dict())
+    own = build("smallcnn", num_classes=10, in_channels=1, seed=1).eval()
+    given = {**TINY["bi-bau"], "rounds": 1, "reference": own}
+    bi_bau.run(planted.model, planted.data(), seed=0, progress=False, **given)
+    assert seen[3][1] is own
+    with pytest.warns(UserWarning, match="bi-bau: inverting without a reference"):
+        planted.unlearn("bi-bau", reference_epochs=1, rounds=1)
+    assert seen[4][1] is None
+
+
 # What is done to a removal.
 
 

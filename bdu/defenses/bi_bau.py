@@ -27,7 +27,8 @@ the student. The reference costs `reference_epochs` forwards and backwards over 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, fields
+import warnings
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -36,20 +37,28 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bdu.data import as_unit_float
-from bdu.defenses import fst
 from bdu.defenses.course import (
     Course,
     Distilled,
-    Running,
-    Shared,
     check_numbers,
     cosine,
     read_options,
+    share_called,
 )
+from bdu.defenses.feature_shift import shift_features
 from bdu.defenses.inversion import Inversion, Inverted, invert_trigger
 from bdu.defenses.protocol import DefenderData, Result
 
 NAME = "bi-bau"
+
+AGAINST_A_REFERENCE = {
+    "rounds": 1,
+    "inversion_steps": 150,
+    "inner_steps": 0,
+    "distillation": 0.9,
+    "train_batch_norm": True,
+}
+"""Settings of ours for a run with a reference, beside its epochs."""
 
 
 @dataclass(frozen=True)
@@ -105,12 +114,14 @@ def run(
     running, s = read_options(Settings, options)
     course = Course(NAME, model, data, s, running)
     if reference is None and s.reference_epochs:
-        weights = course.once("reference", lambda: _reference(model, data, s, running))
-        reference = copy.deepcopy(course.before)
-        reference.load_state_dict(weights)
+        reference = _reference(course, s)
     optimizer = course.sgd(s.lr, momentum=s.momentum, weight_decay=s.weight_decay)
     found: Inverted | None = None
-    for epoch in course.stage("unlearn", s.rounds * s.epochs, optimizer):
+
+    def begin() -> None:
+        course.student.load_state_dict(course.before.state_dict())
+
+    for epoch in course.stage("unlearn", s.rounds * s.epochs, optimizer, begin=begin):
         number = epoch // s.epochs
         state = course.once(f"trigger {number}", partial(_inverted, course, number, s, reference))
         found = Inverted.from_state(state)
@@ -132,13 +143,29 @@ def run(
     return course.result()
 
 
-def _reference(
-    model: nn.Module, data: DefenderData, s: Settings, running: Running
-) -> dict[str, Tensor]:
-    shared = {field.name: getattr(s, field.name) for field in fields(Shared)}
-    own = {"epochs": s.reference_epochs, "anneal": True, "distillation": 0.9}
-    result = fst.run(model, data, seed=running.seed, progress=running.progress, **shared, **own)
-    return dict(result.model.state_dict())
+def _reference(course: Course, s: Settings) -> nn.Module | None:
+    shift_features(
+        *(course, "reference", s.reference_epochs),
+        anneal=True,
+        batch_size=s.batch_size,
+        distillation=0.9,
+        guarded=False,
+    )
+    weights = course.once(
+        "reference", lambda: {n: v.clone() for n, v in course.student.state_dict().items()}
+    )
+    reference = copy.deepcopy(course.before)
+    reference.load_state_dict(weights)
+    validation = course.data.clean_validation
+    before, after = (share_called(model, validation) for model in (course.before, reference))
+    if after >= s.clean_accuracy_floor * before:
+        return reference
+    warnings.warn(
+        f"bi-bau: inverting without a reference, whose clean accuracy is {after:.3f} after "
+        f"{s.reference_epochs} epochs, before {before:.3f}; more reference_epochs may help",
+        stacklevel=3,
+    )
+    return None
 
 
 def _inverted(

@@ -29,6 +29,7 @@ from bdu.fisher import contrastive, fisher_diagonal, scale_to_unit_mean, target_
 from bdu.metrics import predict
 from bdu.optim import EWCSGD, EWCAdamW
 
+COMPLETED = "ran all its steps"
 _TEMPERATURE = 2.0  # of distillation
 
 Kept = TypeVar("Kept")
@@ -346,7 +347,7 @@ class Course:
 
     def result(self) -> Result:
         """The student as it is now, or where the run was stopped the best that was seen."""
-        stopped = self._stopped or "ran all its steps"
+        stopped = self._stopped or COMPLETED
         if self._stopped and self._best is not None:
             self.student.load_state_dict(self._best["student"])
             stopped += f"; kept the weights of step {self._best['step']}"

@@ -15,12 +15,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
-from bdu.data import as_unit_float
-from bdu.defenses.course import Course, Distilled, check_numbers, cosine, read_options
-from bdu.defenses.head import head_of
+from bdu.defenses.course import Course, Distilled, check_numbers, read_options
+from bdu.defenses.feature_shift import shift_features
 from bdu.defenses.protocol import DefenderData, Result
 
 NAME = "fst"
@@ -56,28 +54,14 @@ def run(model: nn.Module, data: DefenderData, **options: Any) -> Result:
     """Clean a copy; options are those of :class:`bdu.defenses.course.Running` and `Settings`."""
     running, s = read_options(Settings, options)
     course = Course(NAME, model, data, s, running)
-    head = head_of(course.before, as_unit_float(data.clean.x[:1]))
-    before = course.before.get_parameter(f"{head}.weight")
-    weight = course.student.get_parameter(f"{head}.weight")
-
-    def begin() -> None:
-        # as torch initialises a layer, but from the run's own generator
-        bound = before[0].numel() ** -0.5
-        fresh = torch.rand(before.shape, generator=course.generator) * 2 * bound - bound
-        with torch.no_grad():
-            weight.copy_(fresh)
-
-    free = {f"{head}.weight": torch.arange(len(before), device=before.device)}
-    optimizer = course.sgd(s.lr, free=free, momentum=s.momentum, weight_decay=s.weight_decay)
-    last = s.epochs - 1  # a fresh layer has to learn first
-    for epoch in course.stage("tune", s.epochs, optimizer, begin=begin, guarded_from=last):
-        if s.anneal:
-            cosine(optimizer, s.lr, epoch, s.epochs)
-        course.student.train()
-        for batch in course.batches(data.clean, s.batch_size):
-            images = course.images(batch)
-            loss = course.clean_loss(course.student(images), images, batch.y, s.distillation)
-            course.step(optimizer, loss + s.alpha * (weight * before).sum())
-            with torch.no_grad():
-                weight.mul_(before.norm() / weight.norm())
+    shift_features(
+        *(course, "tune", s.epochs),
+        lr=s.lr,
+        momentum=s.momentum,
+        weight_decay=s.weight_decay,
+        alpha=s.alpha,
+        anneal=s.anneal,
+        batch_size=s.batch_size,
+        distillation=s.distillation,
+    )
     return course.result()

@@ -1,0 +1,59 @@
+"""The stage of FST (fst.py), which other methods take for a first, shallow cleaning."""
+
+from __future__ import annotations
+
+import torch
+
+from bdu.data import as_unit_float
+from bdu.defenses.course import Course, cosine
+from bdu.defenses.head import head_of
+
+
+def shift_features(
+    course: Course,
+    stage: str,
+    epochs: int,
+    *,
+    lr: float = 1e-2,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    alpha: float = 0.1,
+    anneal: bool,
+    batch_size: int,
+    distillation: float,
+    guarded: bool = True,
+) -> None:
+    """Give the student a fresh last layer and descend the loss of FST, from where it is.
+
+    Args:
+        course: whose student, clean samples and draws.
+        stage: its name in the course.
+        epochs, lr, momentum, weight_decay, alpha, anneal, batch_size, distillation: as the settings
+            of FST.
+        guarded: whether the run ends where clean accuracy is still collapsed after the last epoch.
+    """
+    clean = course.data.clean
+    head = head_of(course.before, as_unit_float(clean.x[:1]))
+    before = course.before.get_parameter(f"{head}.weight")
+    weight = course.student.get_parameter(f"{head}.weight")
+
+    def begin() -> None:
+        # as torch initialises a layer, but from the run's own generator
+        bound = before[0].numel() ** -0.5
+        fresh = torch.rand(before.shape, generator=course.generator) * 2 * bound - bound
+        with torch.no_grad():
+            weight.copy_(fresh)
+
+    free = {f"{head}.weight": torch.arange(len(before), device=before.device)}
+    optimizer = course.sgd(lr, free=free, momentum=momentum, weight_decay=weight_decay)
+    last = epochs - 1 if guarded else None  # a fresh layer has to learn first
+    for epoch in course.stage(stage, epochs, optimizer, begin=begin, guarded_from=last):
+        if anneal:
+            cosine(optimizer, lr, epoch, epochs)
+        course.student.train()
+        for batch in course.batches(clean, batch_size):
+            images = course.images(batch)
+            loss = course.clean_loss(course.student(images), images, batch.y, distillation)
+            course.step(optimizer, loss + alpha * (weight * before).sum())
+            with torch.no_grad():
+                weight.mul_(before.norm() / weight.norm())
