@@ -43,7 +43,8 @@ class Settings:
         fisher_dtype, anchor_dtype: see :class:`bdu.optim.EWCSGD`; "float32", "bfloat16", and for F
             also "8bit" and "8bit_logarithmic".
         lora: rank of LoRA in all linear layers but the head; 0 trains all weights.
-        dtype: of the weights: "auto" as they are saved, "float32" or "bfloat16".
+        dtype: of the weights: "auto" as they are saved, "float32" or "bfloat16". Those saved in
+            float16 are trained in float32, or as this says, and written in float16 again.
         bf16: compute in bfloat16, with weights as they are.
         gradient_checkpointing: run layers again in the backward pass.
         gradient_release: step parameters as their gradients arrive; needs max_grad_norm 0.
