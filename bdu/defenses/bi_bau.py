@@ -27,6 +27,7 @@ the student. The reference costs `reference_epochs` forwards and backwards over 
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from dataclasses import dataclass
 from functools import partial
@@ -55,6 +56,7 @@ AGAINST_A_REFERENCE = {
     "rounds": 1,
     "inversion_steps": 150,
     "inner_steps": 0,
+    "share": 0.5,
     "distillation": 0.9,
     "train_batch_norm": True,
 }
@@ -73,6 +75,7 @@ class Settings(Distilled):
         inner_steps, inner_lr, radius: K signed steps on δ_i, their size, and ε, for pixels in
             [0, 1].
         adversarial_weight: of CE(f(x̃), y), ≥ 0.
+        share: of every batch, in [0, 1], that x̃ are made of.
         lr, momentum, weight_decay: of SGD; lr falls as a cosine over the whole run.
         batch_size: samples a step.
         train_batch_norm: whether batch norm takes the statistics of clean batches meanwhile.
@@ -86,6 +89,7 @@ class Settings(Distilled):
     inner_lr: float = 2 / 255
     radius: float = 4 / 255
     adversarial_weight: float = 1.0
+    share: float = 1.0
     lr: float = 1e-2
     momentum: float = 0.9
     weight_decay: float = 5e-4
@@ -95,7 +99,7 @@ class Settings(Distilled):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_numbers(self, counts=("rounds", "epochs", "inversion_steps", "batch_size"))
-        check_numbers(self, positive=("lr",))
+        check_numbers(self, positive=("lr",), shares=("share",))
         at_least_zero = ("inner_steps", "inner_lr", "radius", "adversarial_weight")
         check_numbers(self, at_least_zero=(*at_least_zero, "momentum", "weight_decay"))
         if self.reference_epochs:
@@ -129,16 +133,21 @@ def run(
         course.student.train(s.train_batch_norm)
         for batch in course.batches(data.clean, s.batch_size):
             images = as_unit_float(batch.x)
-            moved, kept = _examples(course, found, images, batch.y, s)
-            images, moved = course.alike(images, moved)
+            count = math.ceil(s.share * len(images))
+            moved, kept = _examples(course, found, images[:count], batch.y[:count], s)
+            images, moved = course.alike(images, torch.cat([moved, images[count:]]))
             moved = moved[kept]
+            suspect = course.before(images) if s.distillation else images.new_zeros(len(images), 0)
             logits = course.student(torch.cat([images, moved]))
-            loss = course.clean_loss(logits[: len(images)], images, batch.y, s.distillation)
+            loss = course.clean_loss(
+                logits[: len(images)], images, batch.y, s.distillation, suspect
+            )
             if len(moved):
                 wrong = course.clean_loss(
-                    logits[len(images) :], images[kept], batch.y[kept], s.distillation
+                    *(logits[len(images) :], images[kept], batch.y[kept], s.distillation),
+                    suspect[kept],
                 )
-                loss = loss + s.adversarial_weight * len(moved) / len(images) * wrong
+                loss = loss + s.adversarial_weight * len(moved) / count * wrong
             course.step(optimizer, loss)
     return course.result()
 
@@ -188,20 +197,22 @@ def _inverted(
 def _examples(
     course: Course, found: Inverted, images: Tensor, y: Tensor, s: Settings
 ) -> tuple[Tensor, Tensor]:
-    """x̃ that activate the backdoor, and which images they are of."""
+    """x̃, and the numbers of those that activate the backdoor."""
     with torch.no_grad():
         base = found.operator(images)
-        odds = course.before(base).log_softmax(1) + found.targets[y].clamp(min=1e-12).log()
+        logits = course.before(base)
+        odds = logits.log_softmax(1) + found.targets[y].clamp(min=1e-12).log()
         wanted = odds.argmax(1)
-    delta = torch.zeros_like(base)
+    moved = base
     for _ in range(s.inner_steps):
-        delta.requires_grad_()
-        loss = functional.cross_entropy(course.before(base + delta), wanted, reduction="sum")
-        (slope,) = torch.autograd.grad(loss, delta)
-        delta = (delta.detach() - s.inner_lr * slope.sign()).clamp(-s.radius, s.radius)
-        delta = (base + delta).clamp(0, 1) - base
-    moved = base + delta
-    with torch.no_grad():
-        called = course.before(moved).argmax(1)
-    kept = (called == wanted) & (wanted != y)
-    return moved, kept
+        moved = moved.detach().requires_grad_()
+        logits = course.before(moved)
+        loss = functional.cross_entropy(logits, wanted, reduction="sum")
+        (slope,) = torch.autograd.grad(loss, moved)
+        delta = (moved.detach() - base - s.inner_lr * slope.sign()).clamp(-s.radius, s.radius)
+        moved = (base + delta).clamp(0, 1)
+    if s.inner_steps:
+        with torch.no_grad():
+            logits = course.before(moved)
+    called = logits.argmax(1)
+    return moved, torch.nonzero((called == wanted) & (wanted != y)).flatten()

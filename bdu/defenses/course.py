@@ -286,7 +286,14 @@ class Course:
         x = augment(x, self.generator, padding=min(x.shape[2:]) // 8, mirror=self._mirror)
         return x.split([part.shape[1] for part in parts], 1)
 
-    def clean_loss(self, logits: Tensor, images: Tensor, y: Tensor, distillation: float) -> Tensor:
+    def clean_loss(
+        self,
+        logits: Tensor,
+        images: Tensor,
+        y: Tensor,
+        distillation: float,
+        suspect: Tensor | None = None,
+    ) -> Tensor:
         """(1 − d) CE(logits, y) + d T² KL(softmax of the suspect's logits / T ‖ of these / T), T 2.
 
         Hinton et al. 2015 (arXiv:1503.02531), equation 4.
@@ -296,14 +303,16 @@ class Course:
             images: that they are of, (N, C, H, W).
             y: their labels, (N,).
             distillation: d, in [0, 1].
+            suspect: logits of the suspect model, where they are known.
         """
         loss = functional.cross_entropy(logits, y)
         if distillation == 0:
             return loss
         with torch.no_grad():
-            suspect = functional.log_softmax(self.before(images) / _TEMPERATURE, 1)
+            suspect = self.before(images) if suspect is None else suspect
+            wanted = functional.log_softmax(suspect / _TEMPERATURE, 1)
         own = functional.log_softmax(logits / _TEMPERATURE, 1)
-        divergence = functional.kl_div(own, suspect, log_target=True, reduction="batchmean")
+        divergence = functional.kl_div(own, wanted, log_target=True, reduction="batchmean")
         return (1 - distillation) * loss + distillation * _TEMPERATURE**2 * divergence
 
     def sgd(self, lr: float, *, free: Rows | None = None, **more: Any) -> EWCSGD:
