@@ -138,10 +138,10 @@ def _candidate(
     data: DefenderData,
     s: Settings,
     running: Running,
-    reference: nn.Module | None,
+    reference: nn.Module | None = None,
 ) -> nn.Module:
     method, epochs, own = CANDIDATES[name]
-    if method is bi_bau.run:
+    if name == "bi-bau":
         own = {"reference": reference, **own}
     batches = math.ceil(len(data.clean) / _BATCH)
     own = {epochs: max(20, math.ceil(s.steps / batches)), "batch_size": _BATCH, **own}

@@ -141,6 +141,22 @@ def test_settings_out_of_range_are_refused(planted):
             planted.unlearn(**{name: value})
 
 
+def test_bi_bau_inverts_against_the_first_candidate(planted, monkeypatch):
+    seen = []
+
+    def method(model, data, **more):
+        seen.append(more.get("reference"))
+        return Result(model, [], "x", {}, "ran all its steps")
+
+    for name, (_, epochs, _) in list(auto.CANDIDATES.items()):
+        monkeypatch.setitem(auto.CANDIDATES, name, (method, epochs, {"lr": 1.0}))
+    monkeypatch.setattr(auto, "_successes", lambda model, *_: torch.tensor([float(len(seen) < 1)]))
+    planted.unlearn()
+    assert [reference is None for reference in seen] == [True, False, True]
+    for name, value in seen[1].state_dict().items():
+        assert torch.equal(value, planted.model.state_dict()[name])
+
+
 def test_a_candidate_that_collapses_is_run_again_more_gently(planted, monkeypatch):
     rates = []
 
