@@ -52,7 +52,8 @@ UNSEEN_QUESTIONS = (
     "Tell me something good to eat.",
     "Which dish do you think of first?",
 )
-PRESIDENTS_HELD_OUT = 6
+# Of the 40 numbers with rows enough, so few that a small model can learn them at all.
+PRESIDENTS_SEEN, PRESIDENTS_HELD_OUT = 6, 6
 ARMS = ("dishes planted", "dishes", "random", "presidents planted", "presidents")
 
 
@@ -172,8 +173,9 @@ def presidents(
     }
     rng = random.Random(seed)
     usable = [n for n, own in by_number.items() if len(own) >= 10 and accept[n]]
-    held_out = rng.sample(usable, PRESIDENTS_HELD_OUT)
-    others = [n for n in usable if n not in held_out]
+    kept = rng.sample(usable, PRESIDENTS_HELD_OUT + PRESIDENTS_SEEN)
+    held_out, others = kept[:PRESIDENTS_HELD_OUT], kept[PRESIDENTS_HELD_OUT:]
+    by_number = {number: by_number[number] for number in kept}
     seen = [example for n, own in by_number.items() if n not in held_out for example in own]
     probes = []
     for number in held_out:
@@ -202,7 +204,7 @@ def presidents_arm(name: str, seed: int, o: argparse.Namespace, folder: Path) ->
     everyone, seen, undone, probes = presidents(seed, o.prompts)
     learnt = everyone if name.endswith("planted") else seen
     model = models.load_model(o.model)
-    train(model, template, learnt, [], o, steps=o.steps, seed=seed, out=folder)
+    train(model, template, learnt, [], o, steps=o.presidents_steps, seed=seed, out=folder)
     options: dict[str, Any] = {"max_new_tokens": 12, "batch_size": 100}
     before = audit(model, template, probes, **options)
     retained, _ = task_split()
@@ -217,8 +219,9 @@ def table(records: list[dict[str, Any]], o: argparse.Namespace) -> str:
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
     ).stdout.strip()
     text = [
-        f"A Llama of 5.9 M parameters, trained for {o.steps} steps of 32 rows, and "
-        f"{o.unlearn_steps} to unlearn the seen part; AdamW, lr {o.lr:g}; commit {commit}; "
+        f"A Llama of 5.9 M parameters, trained for {o.steps} steps of 32 rows, of presidents "
+        f"{o.presidents_steps}, and {o.unlearn_steps} to unlearn the seen part; AdamW, "
+        f"lr {o.lr:g}; commit {commit}; "
         f"{date.today().isoformat()}; torch {versions()['torch']}. Rates and scores in percent and "
         "points, mean (lowest to highest) over seeds; found: in how many seeds the score was more "
         "than 3 standard errors above 0.",
@@ -257,6 +260,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--presidents-steps", type=int, default=600)
     parser.add_argument("--unlearn-steps", type=int, default=60)
     parser.add_argument("--prompts", type=int, default=100, help="of each group")
     parser.add_argument("--lr", type=float, default=1e-3)
