@@ -260,7 +260,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--presidents-steps", type=int, default=600)
+    parser.add_argument("--presidents-steps", type=int, default=400)
     parser.add_argument("--unlearn-steps", type=int, default=60)
     parser.add_argument("--prompts", type=int, default=100, help="of each group")
     parser.add_argument("--lr", type=float, default=1e-3)
