@@ -51,11 +51,7 @@ from bdu.metrics import predict
 NAME = "auto"
 CANDIDATES: dict[str, tuple[Callable[..., Result], str, dict[str, Any]]] = {
     "fst": (fst.run, "epochs", {"lr": 0.01, "anneal": True, "distillation": 0.9}),
-    "bi-bau": (
-        bi_bau.run,
-        "epochs",
-        {"lr": 0.01, **bi_bau.AGAINST_A_REFERENCE},
-    ),
+    "bi-bau": (bi_bau.run, "epochs", bi_bau.AGAINST_A_REFERENCE),
     "ulrl": (ulrl.run, "relearn_epochs", {"lr": 5e-3, "distillation": 0.9, "least": 1}),
 }
 """Name → its run, what its epochs are called, and other settings; the first is what the suspect

@@ -54,9 +54,9 @@ NAME = "bi-bau"
 
 AGAINST_A_REFERENCE = {
     "rounds": 1,
+    "lr": 1e-2,
     "inversion_steps": 150,
     "inner_steps": 0,
-    "share": 0.5,
     "distillation": 0.9,
     "train_batch_norm": True,
 }
@@ -90,7 +90,7 @@ class Settings(Distilled):
     radius: float = 4 / 255
     adversarial_weight: float = 1.0
     share: float = 1.0
-    lr: float = 1e-2
+    lr: float = 1e-3
     momentum: float = 0.9
     weight_decay: float = 5e-4
     batch_size: int = 128
