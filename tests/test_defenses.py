@@ -589,8 +589,8 @@ class TwoPixels(OnePixel):
         )
 
 
-@pytest.mark.parametrize(("against", "target", "place"), [(False, 3, 0), (True, 7, 9 * 12 + 9)])
-def test_against_a_reference_the_inversion_leaves_weak_spots_that_both_have(against, target, place):
+@pytest.mark.parametrize(("against", "target"), [(False, 3), (True, 7)])
+def test_against_a_reference_the_inversion_leaves_weak_spots_that_both_have(against, target):
     y = torch.arange(200) % 10
     x = torch.zeros(200, 1, 12, 12)
     x[torch.arange(200), 0, 2, y] = 0.8
@@ -601,8 +601,14 @@ def test_against_a_reference_the_inversion_leaves_weak_spots_that_both_have(agai
         settings=Inversion(width=4),
         against=reference if against else None,
     )
+    others = y != target
     assert float(found.targets[y.unique() != target, target].min()) > 0.8
-    assert (found.operator(x) - x).abs().mean((0, 1)).argmax() == place
+    turned = [
+        float((m(found.operator(x)).argmax(1) == target)[others].float().mean())
+        for m in (model, reference)
+    ]
+    assert turned[0] > 0.8
+    assert turned[1] < 0.1 if against else turned[1] > 0.8
 
 
 def test_bi_bau_inverts_against_a_copy_that_fst_made(planted, monkeypatch):
