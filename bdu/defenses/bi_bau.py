@@ -137,7 +137,7 @@ def run(
             moved, kept = _examples(course, found, images[:count], batch.y[:count], s)
             images, moved = course.alike(images, torch.cat([moved, images[count:]]))
             moved = moved[kept]
-            suspect = course.before(images) if s.distillation else images.new_zeros(len(images), 0)
+            suspect = course.before(images) if s.distillation else None
             logits = course.student(torch.cat([images, moved]))
             loss = course.clean_loss(
                 logits[: len(images)], images, batch.y, s.distillation, suspect
@@ -145,7 +145,7 @@ def run(
             if len(moved):
                 wrong = course.clean_loss(
                     *(logits[len(images) :], images[kept], batch.y[kept], s.distillation),
-                    suspect[kept],
+                    None if suspect is None else suspect[kept],
                 )
                 loss = loss + s.adversarial_weight * len(moved) / count * wrong
             course.step(optimizer, loss)
