@@ -1,24 +1,27 @@
 """auto: clean with several cheap defences, judge them by what a defender can see, keep the best.
 
-    A ← FST, distilled                                    the first candidate
-    δ_t ← argmin CE(f_bd(x + δ), t), ‖δ‖∞ ≤ ε             for every class t, on images of the others
-    s_t(f) = share of held-out images of other classes that f calls t under δ_t
-    gap = max_t s_t(f_bd) − s_t(A)                        and likewise of one δ away from all labels
-    gap < `threshold`: f_bd looks clean and is returned as it is
-    else of the candidates that lower the residue = max s_t over the suspicious t by `threshold`,
-    and whose clean accuracy is within `accuracy_margin` of the best such, that with the lowest
-    residue, and of two alike the one whose residue half-way on the line back to f_bd is lower
+    r ← FST                                               the first candidate, and the reference
+    φ_t ← what turns f_bd and leaves r right              for every class t, see classwise.py
+    anomaly(t) = (e_t − median) / (1.4826 MAD) over all classes,  e_t = log J(φ_t) / size(φ_t)
+    all anomalies < `threshold`: f_bd looks clean and is returned as it is
+    else of the candidates that at least halve the residue = max over the suspicious t of the share
+    of images that φ_t turns, and whose clean accuracy is within `accuracy_margin` of the best such,
+    that with the lowest residue, and of two alike the one whose residue half-way on the line back
+    to f_bd is lower
 
-One perturbation for all images also fools a model that was never backdoored, but what fools it
-still fools it after a new last layer and a few epochs of clean images: natural weaknesses are in
-the data and transfer, a backdoor is in the weights and does not. So the suspect model is compared
-with its own cleaned copy, and no size or rate has to be known beforehand. Ours; that one
-perturbation finds a backdoor is Neural Cleanse (Wang et al. 2019) and I-BAU (arXiv:2110.03735),
-that the line back tells shallow cleaning from deep is PAM (arXiv:2410.09838). Threat model: white
-box, a few hundred clean samples, neither trigger nor target known.
+Small changes also fool a model that was never backdoored, but what fools it spoils the image for a
+copy with a new last layer, too: natural weaknesses are in the data and transfer, a backdoor is in
+the weights and does not. And they are about as large for every class. So the suspect model is
+compared with its own cleaned copy and a class with the other classes, and no size or rate has to
+be known beforehand; with two or three classes there is little to compare. The candidate that learns
+from inverted triggers inverts its own, with other draws than those that judge it.
 
-Cost: the candidates', and for each radius that is tried (classes + 1) · `probe_steps` forwards and
-input backwards of the suspect model.
+Ours; that a backdoor's class needs an unusually small change, and the index that says how unusual,
+is Neural Cleanse (Wang et al. 2019), that the line back tells shallow cleaning from deep is PAM
+(arXiv:2410.09838). Threat model: white box, a few hundred clean samples, neither trigger nor target
+known.
+
+Cost: the candidates', and an inversion of classwise.py.
 """
 
 from __future__ import annotations
@@ -31,10 +34,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from bdu.data import as_unit_float
 from bdu.defenses import bi_bau, fst, ulrl
+from bdu.defenses.classwise import ANY, Found, Search, invert_every_class, judge
 from bdu.defenses.course import (
     COMPLETED,
     Course,
@@ -45,22 +47,21 @@ from bdu.defenses.course import (
     share_called,
     standard_error,
 )
-from bdu.defenses.protocol import DefenderData, Result, Samples
-from bdu.metrics import predict
+from bdu.defenses.protocol import DefenderData, Result
 
 NAME = "auto"
 CANDIDATES: dict[str, tuple[Callable[..., Result], str, dict[str, Any]]] = {
-    "fst": (fst.run, "epochs", {"lr": 0.01, "anneal": True, "distillation": 0.9}),
+    "fst": (fst.run, "epochs", {"lr": 0.01, "anneal": True}),
     "bi-bau": (bi_bau.run, "epochs", bi_bau.AGAINST_A_REFERENCE),
     "ulrl": (ulrl.run, "relearn_epochs", {"lr": 5e-3, "distillation": 0.9, "least": 1}),
 }
-"""Name → its run, what its epochs are called, and other settings; the first is what the suspect
-model is compared with, and the reference of the second."""
+"""Name → its run, what its epochs are called, and other settings; the first is the reference."""
 _BATCH = 128  # of the candidates
+_LEAST_FOOLED = 0.25  # of the images, by what is to be called a trigger
+_LEAST_SPREAD = 0.25  # of e_t, where classes are few or happen to be alike
+Tried = Mapping[str, Mapping[str, Tensor]]  # name → weights
 # Of a candidate's learning rate, the next where accuracy collapsed: large logits want a small one.
 _LR_SHARES = (1.0, 0.1, 0.01)
-_RADII = [2.0**k / 255 for k in range(2, 8)]
-_TURNED = 0.5  # of the images, by a class's probe, in the median
 
 
 @dataclass(frozen=True)
@@ -69,27 +70,20 @@ class Settings(Shared):
 
     Attributes:
         steps: of a candidate's optimizer at least, whatever the number of samples.
-        radius: ε, in pixels of [0, 1]; None: the smallest of 4, 8, ..., 128 / 255 at which the
-            median of s_t(f_bd) over the classes is at least a half.
-        probe_steps: signed steps on δ, each an eighth of ε.
-        threshold: gap in [0, 1] below which a model looks clean.
+        inversion_steps: for each kind of operator.
+        threshold: > 0, of the largest anomaly, below which a model looks clean.
         accuracy_margin: clean accuracy that may be given up for less residue, in [0, 1].
-        batch_size: images a step of a probe.
     """
 
     steps: int = 400
-    radius: float | None = None
-    probe_steps: int = 30
-    threshold: float = 0.4
+    inversion_steps: int = 200
+    threshold: float = 3.0
     accuracy_margin: float = 0.01
-    batch_size: int = 32
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_numbers(self, counts=("steps", "probe_steps", "batch_size"))
-        check_numbers(self, shares=("threshold", "accuracy_margin"))
-        if self.radius is not None:
-            check_numbers(self, positive=("radius",))
+        check_numbers(self, counts=("steps", "inversion_steps"), positive=("threshold",))
+        check_numbers(self, shares=("accuracy_margin",))
 
 
 def run(model: nn.Module, data: DefenderData, **options: Any) -> Result:
@@ -100,28 +94,25 @@ def run(model: nn.Module, data: DefenderData, **options: Any) -> Result:
     running, s = read_options(Settings, options)
     course = Course(NAME, model, data, s, running)
     names = list(CANDIDATES)
-    probes = course.once("probes", lambda: _probes(course, s))
     tried: dict[str, dict[str, Tensor]] = course.once("tried", dict)
-    suspect = _successes(course.before, data, probes)
     for number in course.stage("try", len(names), guarded_from=None):
-        first = _with(course.before, tried[names[0]]) if number else None
-        cleaned = _candidate(names[number], model, data, s, running, first)
+        reference = _with(course.before, tried[names[0]]) if number else None
+        cleaned = _candidate(names[number], model, data, s, running, reference)
         tried[names[number]] = dict(cleaned.state_dict())
         course.student.load_state_dict(cleaned.state_dict())
-        gap = float((suspect - _successes(cleaned, data, probes)).max())
-        course.note(gap=gap)
-        if number == 0 and gap < s.threshold:
+        anomaly = float(_anomalies(course, s, tried).max())
+        course.note(anomaly=anomaly)
+        if anomaly < s.threshold:
             course.end_stage()
     if names[0] not in tried:  # the suspect model's outputs are no numbers
         return course.result()
-    reference = _successes(_with(course.before, tried[names[0]]), data, probes)
-    suspicious = suspect - reference >= s.threshold
-    if suspicious.any():
-        chosen, reason = _chosen(course, s, tried, probes, suspicious)
+    anomalies = _anomalies(course, s, tried)
+    most = float(anomalies.max())
+    if most >= s.threshold:
+        chosen, reason = _chosen(course, s, tried, anomalies >= s.threshold)
         weights = tried[chosen]
     else:
-        gap = float((suspect - reference).max())
-        reason = f"looks clean and was left as it is: gap {gap:.2f}, below {s.threshold:g}"
+        reason = f"looks clean and was left as it is: anomaly {most:.2f}, below {s.threshold:g}"
         weights = dict(course.before.state_dict())
     for _ in course.stage("choose", 1, guarded_from=None):
         course.student.load_state_dict(weights)
@@ -138,7 +129,7 @@ def _candidate(
 ) -> nn.Module:
     method, epochs, own = CANDIDATES[name]
     if name == "bi-bau":
-        own = {"reference": reference, **own}
+        own = {"reference": reference, "inversion_steps": s.inversion_steps, **own}
     batches = math.ceil(len(data.clean) / _BATCH)
     own = {epochs: max(20, math.ceil(s.steps / batches)), "batch_size": _BATCH, **own}
     shared = {field.name: getattr(s, field.name) for field in fields(Shared)}
@@ -156,71 +147,63 @@ def _with(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
     return other
 
 
-def _probes(course: Course, s: Settings) -> Tensor:
-    """δ of every class and, last, away from all labels: (classes + 1, C, H, W)."""
+def _anomalies(course: Course, s: Settings, tried: Tried) -> Tensor:
+    """Of every operator on held-out images, (kinds, targets)."""
+
+    def make() -> Tensor:
+        found, reference = _operators(course, s, tried), _with(course.before, _first(tried))
+        fooled, sizes = judge(found, course.before, reference, course.data.clean_validation)
+        ease = (fooled.clamp(min=0.01) / sizes.clamp(min=1e-6)).log()
+        classes = ease[:, found.targets != ANY]
+        usual = classes.nanmedian(1, keepdim=True).values
+        spread = 1.4826 * (classes - usual).abs().nanmedian(1, keepdim=True).values
+        anomaly = (ease - usual) / spread.clamp(min=_LEAST_SPREAD)
+        return torch.where(fooled >= _LEAST_FOOLED, anomaly, 0.0).nan_to_num(0.0)
+
+    anomalies: Tensor = course.once("anomalies", make)
+    return anomalies
+
+
+def _operators(course: Course, s: Settings, tried: Tried) -> Found:
     clean = course.data.clean
-    with torch.no_grad():
-        classes = course.before(as_unit_float(clean.x[:1])).shape[1]
-    deltas = torch.zeros(0)
-    for radius in _RADII if s.radius is None else [s.radius]:
-        every = [_probe(course, clean, t, radius, s) for t in (*range(classes), None)]
-        deltas = torch.cat(every)
-        if _successes(course.before, course.data, deltas)[:-1].median() >= _TURNED:
-            break
-    return deltas
+    state = course.once(
+        "operators",
+        lambda: invert_every_class(
+            *(course.before, _with(course.before, _first(tried)), clean),
+            seed=course.seed + 1,  # not that of a candidate
+            settings=Search(steps=s.inversion_steps),
+        ).state(),
+    )
+    return Found.from_state(state, clean.x.shape[1:])
 
 
-def _probe(
-    course: Course, clean: Samples, target: int | None, radius: float, s: Settings
-) -> Tensor:
-    if target is not None:
-        (others,) = torch.nonzero(clean.y != target, as_tuple=True)
-        clean = clean.at(others)
-    delta = torch.zeros_like(as_unit_float(clean.x[:1]))
-    for _ in range(s.probe_steps):
-        drawn = torch.randint(len(clean), (s.batch_size,), generator=course.generator)
-        batch = clean.at(drawn)
-        delta.requires_grad_()
-        logits = course.before((as_unit_float(batch.x) + delta).clamp(0, 1))
-        wanted = batch.y if target is None else torch.full_like(batch.y, target)
-        loss = functional.cross_entropy(logits, wanted)
-        (slope,) = torch.autograd.grad(loss if target is not None else -loss, delta)
-        step = radius / 8 * slope.sign()
-        delta = (delta.detach() - step).clamp(-radius, radius)
-    return delta.detach()
-
-
-def _successes(model: nn.Module, data: DefenderData, probes: Tensor) -> Tensor:
-    """s of every probe, (classes + 1,)."""
-    samples, rates = data.clean_validation, []
-    images, y = as_unit_float(samples.x), samples.y.cpu()
-    for target, delta in enumerate(probes):
-        called = predict(model, (images + delta).clamp(0, 1)).argmax(1).cpu()
-        away = target == len(probes) - 1
-        hits = called != y if away else (called == target)[y != target]
-        rates.append(hits.float().mean())
-    return torch.stack(rates).nan_to_num(0.0)  # NaN where no image is of another class
+def _first(tried: Tried) -> Mapping[str, Tensor]:
+    return tried[next(iter(CANDIDATES))]
 
 
 def _chosen(
     course: Course,
     s: Settings,
-    tried: Mapping[str, Mapping[str, Tensor]],
-    probes: Tensor,
+    tried: Tried,
     suspicious: Tensor,
 ) -> tuple[str, str]:
     """The best candidate, and why."""
-    data, before = course.data, dict(course.before.state_dict())
+    samples, before = course.data.clean_validation, dict(course.before.state_dict())
+    found = _operators(course, s, tried)
+
+    def residue_of(model: nn.Module) -> float:
+        return float(judge(found, model, None, samples, suspicious)[0].max())
+
     judged: dict[str, tuple[float, float, float]] = {}
     for name, weights in tried.items():
         ends = [_with(course.before, w) for w in (weights, _half_way(weights, before))]
-        residue, half_way = (float(_successes(f, data, probes)[suspicious].max()) for f in ends)
-        judged[name] = share_called(ends[0], data.clean_validation), residue, half_way
-    count = len(data.clean_validation)
-    worked = float(_successes(course.before, data, probes)[suspicious].max())
+        residue, half_way = (residue_of(end) for end in ends)
+        judged[name] = share_called(ends[0], samples), residue, half_way
+    count = len(samples)
+    worked = residue_of(course.before)
     # Accuracy decides among removals alone: where the suspect model was trained on the defender's
     # own images, leaving it as it is looks best.
-    removed = {n: values for n, values in judged.items() if values[1] <= worked - s.threshold}
+    removed = {n: values for n, values in judged.items() if values[1] <= worked / 2}
     best = max(accuracy for accuracy, _, _ in (removed or judged).values())
     least = best - s.accuracy_margin - standard_error(best, count)
     good = {n: values for n, values in (removed or judged).items() if values[0] >= least}
@@ -228,9 +211,10 @@ def _chosen(
     apart = 2 * standard_error(min(residue for _, residue, _ in good.values()), count)
     name = min(good, key=lambda n: (round(good[n][1] / apart), good[n][2]))
     accuracy, residue, half_way = judged[name]
-    classes = [str(t) for t in suspicious.nonzero().flatten().tolist() if t < len(suspicious) - 1]
+    targets = found.targets[suspicious.any(0)].tolist()
+    classes = [str(t) for t in targets if t != ANY]
     reason = (
-        f"chose {name} of {', '.join(judged)}: a perturbation that turned {worked:.2f} of held-out "
+        f"chose {name} of {', '.join(judged)}: a change that turned {worked:.2f} of held-out "
         f"images (to class {', '.join(classes) or 'any'}) turns {residue:.2f} after it and "
         f"{half_way:.2f} half-way back; clean accuracy {accuracy:.3f} on the validation split"
     )

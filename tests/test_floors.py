@@ -103,7 +103,8 @@ def allowed(importer: str, imported: str) -> bool:
     if folder_of(importer) != folder_of(imported):
         return False
     # What defences share; none looks at another.
-    shared = ("", ".protocol", ".course", ".head", ".inversion", ".ascent", ".feature_shift")
+    shared = ("", ".protocol", ".course", ".head", ".inversion", ".ascent")
+    shared += (".feature_shift", ".classwise")
     return folder_of(importer) != "bdu.defenses" or imported in [f"bdu.defenses{m}" for m in shared]
 
 

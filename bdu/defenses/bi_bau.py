@@ -8,8 +8,9 @@
         M2:     descend CE(f(x), y) + CE(f(x̃), y)
 
 Ours is the reference, off unless `reference_epochs` says otherwise: a copy of the suspect model,
-fine-tuned by distilled FST (fst.py), whose images the trigger must leave as they are. A copy like
-that gives the backdoor up first and keeps the weak spots, so what is inverted is the backdoor.
+fine-tuned by FST (fst.py), which gives the backdoor up and accuracy with it. Then φ and π are those
+of classwise.py, operators for every class that turn the suspect model and leave the copy right,
+drawn by how well they do so; x̃ is kept where the suspect model is wrong about it.
 
 Following arXiv:2606.14078 (CCS 2026), of which only the abstract was available: backdoor learning
 and unlearning as a sequence of tasks, unlearning complete only if what is trained on activates the
@@ -19,9 +20,10 @@ here, and every number, is our reading. Threat model: white box, 5 % clean data,
 target known.
 
 Cost of a round: `inversion_steps` forwards and input backwards of two models over 64 images, of the
-suspect model alone in the first, and of the reference; then over every batch, `inner_steps`
+suspect model alone in the first; then over every batch, `inner_steps`
 forwards and input backwards and two forwards of the suspect model, two forwards and a backward of
-the student. The reference costs `reference_epochs` forwards and backwards over the clean samples.
+the student. The reference costs `reference_epochs` forwards and backwards over the clean samples,
+and inversion against it what classwise.py says.
 """
 
 from __future__ import annotations
@@ -30,7 +32,6 @@ import copy
 import math
 import warnings
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bdu.data import as_unit_float
+from bdu.defenses.classwise import Found, Search, invert_every_class
 from bdu.defenses.course import (
     Course,
     Distilled,
@@ -55,7 +57,6 @@ NAME = "bi-bau"
 AGAINST_A_REFERENCE = {
     "rounds": 1,
     "lr": 1e-2,
-    "inversion_steps": 150,
     "inner_steps": 0,
     "distillation": 0.9,
     "train_batch_norm": True,
@@ -70,7 +71,7 @@ class Settings(Distilled):
     Attributes:
         rounds: of inversion and unlearning.
         epochs: passes over the clean samples in a round.
-        inversion_steps: of a round's inversion.
+        inversion_steps: of a round's inversion; against a reference, for each kind of operator.
         reference_epochs: of FST, that make the reference; 0: none, as we read the paper.
         inner_steps, inner_lr, radius: K signed steps on δ_i, their size, and ε, for pixels in
             [0, 1].
@@ -120,15 +121,13 @@ def run(
     if reference is None and s.reference_epochs:
         reference = _reference(course, s)
     optimizer = course.sgd(s.lr, momentum=s.momentum, weight_decay=s.weight_decay)
-    found: Inverted | None = None
 
     def begin() -> None:
         course.student.load_state_dict(course.before.state_dict())
 
     for epoch in course.stage("unlearn", s.rounds * s.epochs, optimizer, begin=begin):
         number = epoch // s.epochs
-        state = course.once(f"trigger {number}", partial(_inverted, course, number, s, reference))
-        found = Inverted.from_state(state)
+        found = _inverted(course, number, s, reference)
         cosine(optimizer, s.lr, epoch, s.rounds * s.epochs)
         course.student.train(s.train_batch_norm)
         for batch in course.batches(data.clean, s.batch_size):
@@ -157,7 +156,7 @@ def _reference(course: Course, s: Settings) -> nn.Module | None:
         *(course, "reference", s.reference_epochs),
         anneal=True,
         batch_size=s.batch_size,
-        distillation=0.9,
+        distillation=0.0,
         guarded=False,
     )
     weights = course.once(
@@ -179,30 +178,46 @@ def _reference(course: Course, s: Settings) -> nn.Module | None:
 
 def _inverted(
     course: Course, number: int, s: Settings, reference: nn.Module | None
-) -> dict[str, Any]:
+) -> Inverted | Found:
+    clean, seed = course.data.clean, course.seed + 1000 * number
+    if reference is not None:
+        against, search = reference, Search(steps=s.inversion_steps)
+        state = course.once(
+            f"operators {number}",
+            lambda: invert_every_class(
+                course.before, against, clean, seed=seed, settings=search
+            ).state(),
+        )
+        return Found.from_state(state, clean.x.shape[1:])
     modes = course.student.training
     moved = [course.student.eval()] if number else []  # at first it is the suspect model
     try:
-        return invert_trigger(
-            [course.before, *moved],
-            course.data.clean,
-            seed=course.seed + 1000 * number,
-            settings=Inversion(steps=s.inversion_steps),
-            against=reference,
-        ).state()
+        state = course.once(
+            f"trigger {number}",
+            lambda: invert_trigger(
+                [course.before, *moved], clean, seed=seed, settings=Inversion(s.inversion_steps)
+            ).state(),
+        )
     finally:
         course.student.train(modes)
+    return Inverted.from_state(state)
 
 
 def _examples(
-    course: Course, found: Inverted, images: Tensor, y: Tensor, s: Settings
+    course: Course, found: Inverted | Found, images: Tensor, y: Tensor, s: Settings
 ) -> tuple[Tensor, Tensor]:
     """x̃, and the numbers of those that activate the backdoor."""
-    with torch.no_grad():
-        base = found.operator(images)
-        logits = course.before(base)
-        odds = logits.log_softmax(1) + found.targets[y].clamp(min=1e-12).log()
-        wanted = odds.argmax(1)
+    if isinstance(found, Found):
+        base = found.move(images, y, course.generator)
+        with torch.no_grad():
+            logits = course.before(base)
+            wanted = logits.argmax(1)
+    else:
+        with torch.no_grad():
+            base = found.operator(images)
+            logits = course.before(base)
+            odds = logits.log_softmax(1) + found.targets[y].clamp(min=1e-12).log()
+            wanted = odds.argmax(1)
     moved = base
     for _ in range(s.inner_steps):
         moved = moved.detach().requires_grad_()

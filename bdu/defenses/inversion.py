@@ -5,7 +5,6 @@
     maximise over φ, π:   mean_i c_i log Σ_{t ≠ y_i} π(t | y_i) p(t | φ(x_i))  −  μ mean |φ(x) − x|
     E:  q_i(t) ∝ π(t | y_i) p(t | φ(x_i)),  t ≠ y_i;   c_i = 1 − π(y_i)
     M:  a step of Adam on φ with the weights q;  π ← running mean of q
-    against a reference r:  + mean_i c_i log(1 − Σ_t q_i(t) r(t | φ(x_i)))
 
 u holds patches, blends and waves; h what depends on the image: warps, quantisation, patterns of a
 generator. π begins at what a short probe of every class finds, an addition to all images of the
@@ -17,16 +16,12 @@ so high that only the cheapest way is taken, falls while fewer images are turned
 rises while more are, as the cost of Neural Cleanse (Wang et al. 2019) does: φ grows from nothing
 and ends as about the smallest change that works.
 
-What is smallest need not be the backdoor: every model has weak spots, and a warp costs more pixels
-than some of them. A reference, a copy of the model in which the backdoor is faint, shares the weak
-spots; what turns the model's images and not the reference's is what the copy has lost.
-
 The EM over unknown targets is that of BI-BAU (arXiv:2606.14078) as we read it; only its abstract
 was available. The operator, μ's schedule and all numbers are ours. It is shared by TBAR, PAM, auto
 and the anchored variants, which their papers feed with other inversions (DECREE, BTI-DBF).
 
-Cost: `steps` + classes · `probe_steps` forwards and input backwards of every model, the reference
-among them, over batches of `batch_size`.
+Cost: `steps` + classes · `probe_steps` forwards and input backwards of every model over batches of
+`batch_size`.
 """
 
 from __future__ import annotations
@@ -154,7 +149,6 @@ def invert_trigger(
     *,
     seed: int,
     settings: Inversion | None = None,
-    against: nn.Module | None = None,
     start: Inverted | None = None,
     wrap: Callable[[Iterable[int]], Iterable[int]] | None = None,
 ) -> Inverted:
@@ -165,7 +159,6 @@ def invert_trigger(
         clean: the defender's images and true labels.
         seed: of the operator's start and of the batches.
         settings: see :class:`Inversion`.
-        against: the reference r, in evaluation mode.
         start: go on from there.
         wrap: around the numbers of the steps, for a progress bar.
     """
@@ -179,7 +172,7 @@ def invert_trigger(
     optimizer = torch.optim.Adam(operator.parameters(), lr=s.lr)
     with torch.no_grad():
         classes = models[0](as_unit_float(clean.x[:1])).shape[1]
-    losses = _probe(models, against, clean, classes, generator, s)
+    losses = _probe(models, clean, classes, generator, s)
     prior = _Prior((-_SHARPNESS * losses).softmax(0))
     penalty, turned, change = s.penalty, 0.0, 0.0
     steps: Iterable[int] = range(s.steps)
@@ -191,10 +184,8 @@ def invert_trigger(
         mean = torch.stack(logs).mean(0)
         weights = prior.weights(mean.detach(), batch.y)  # E
         size = (moved - images).abs().mean()
-        gain = (weights * mean).sum(1)
-        if against is not None:
-            gain = gain + _unmoved((weights * against(moved).softmax(1)).sum(1))
-        loss = -(prior.counted(batch.y) * gain).mean() + penalty * size
+        gain = prior.counted(batch.y) * (weights * mean).sum(1)
+        loss = -gain.mean() + penalty * size
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()  # M
@@ -210,23 +201,14 @@ def invert_trigger(
     return Inverted(operator.requires_grad_(False), prior.targets(), turned, change)
 
 
-def _unmoved(odds: Tensor) -> Tensor:
-    """log(1 − p), finite where p is 1."""
-    return torch.log1p(-odds.clamp(max=1 - 1e-6))
-
-
 def _probe(
     models: Sequence[nn.Module],
-    against: nn.Module | None,
     clean: Samples,
     classes: int,
     generator: torch.Generator,
     s: Inversion,
 ) -> Tensor:
-    """(classes,): −log p(t | x + δ_t) + μ mean |δ_t|, where a few steps of Adam on δ_t bring it.
-
-    With a reference, less log(1 − r(t | x + δ_t)).
-    """
+    """(classes,): −log p(t | x + δ_t) + μ mean |δ_t|, where a few steps of Adam on δ_t bring it."""
     losses = torch.zeros(classes, device=clean.y.device)
     for target in range(classes):
         (others,) = torch.nonzero(clean.y != target, as_tuple=True)
@@ -239,8 +221,6 @@ def _probe(
             images = as_unit_float(clean.at(others[drawn.to(others.device)]).x)
             logs = [model(images + delta).log_softmax(1)[:, target].mean() for model in models]
             loss = -torch.stack(logs).mean() + s.penalty * delta.abs().mean()
-            if against is not None:
-                loss = loss - _unmoved(against(images + delta).softmax(1)[:, target]).mean()
             (delta.grad,) = torch.autograd.grad(loss, delta)
             optimizer.step()
         losses[target] = loss.detach()
