@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from bdu.defenses import bi_bau, fst, ulrl
-from bdu.defenses.classwise import ANY, Found, Search, invert_every_class, judge
+from bdu.defenses.classwise import NEXT, Found, Search, invert_every_class, judge
 from bdu.defenses.course import (
     COMPLETED,
     Course,
@@ -154,7 +154,7 @@ def _anomalies(course: Course, s: Settings, tried: Tried) -> Tensor:
         found, reference = _operators(course, s, tried), _with(course.before, _first(tried))
         fooled, sizes = judge(found, course.before, reference, course.data.clean_validation)
         ease = (fooled.clamp(min=0.01) / sizes.clamp(min=1e-6)).log()
-        classes = ease[:, found.targets != ANY]
+        classes = ease[:, found.targets != NEXT]
         usual = classes.nanmedian(1, keepdim=True).values
         spread = 1.4826 * (classes - usual).abs().nanmedian(1, keepdim=True).values
         anomaly = (ease - usual) / spread.clamp(min=_LEAST_SPREAD)
@@ -212,7 +212,7 @@ def _chosen(
     name = min(good, key=lambda n: (round(good[n][1] / apart), good[n][2]))
     accuracy, residue, half_way = judged[name]
     targets = found.targets[suspicious.any(0)].tolist()
-    classes = [str(t) for t in targets if t != ANY]
+    classes = [str(t) for t in targets if t != NEXT]
     reason = (
         f"chose {name} of {', '.join(judged)}: a change that turned {worked:.2f} of held-out "
         f"images (to class {', '.join(classes) or 'any'}) turns {residue:.2f} after it and "

@@ -9,9 +9,9 @@
 f is the suspect model and r a copy that has been cleaned, perhaps at a price in accuracy. Every
 model has perturbations that turn its images, but those spoil the images for its copies, too; the
 trigger of a backdoor leaves them as clear as they were to a model that does not know it. Beside
-one operator for every class t there is one that only leads away from y, log(1 − f_y) in place of
-log f_t, for attacks without a single target. μ_t falls while fewer than `wanted` of a target's
-images are turned and rises while more are, so that what is found is about the smallest that works.
+one operator for every class t there is one with t = y + 1, for attacks from all classes to all; one
+by another permutation is not found. μ_t falls while fewer than `wanted` of a target's images are
+turned and rises while more are, so that what is found is about the smallest that works.
 
 Ours. That one perturbation a class finds a backdoor is Neural Cleanse (Wang et al. 2019), that a
 trigger is what the benign features do not see is BTI-DBF (Xu et al., ICLR 2024), and that warps are
@@ -36,8 +36,8 @@ from bdu.data import as_unit_float
 from bdu.defenses.protocol import Samples
 from bdu.metrics import predict
 
-ANY = -1
-"""In place of a target: any class but the true one."""
+NEXT = -1
+"""In place of a target: the class after the true one, as attacks from all classes have it."""
 _SHARPNESS = 4  # of the draw: one that stands out is drawn most, of many alike each as often
 _MEMORY = 0.8  # of the running share that is turned
 _RATE = 1.06  # of μ a step, either way
@@ -136,7 +136,7 @@ class Found:
 
     Attributes:
         operators: a kind's module, from images and rows of `targets` to moved images and sizes.
-        targets: (T,) int64, classes and, last, `ANY`.
+        targets: (T,) int64, classes and, last, `NEXT`.
         fooled: (kinds, T), J of every operator on clean samples.
         sizes: (kinds, T), in pixels' values or, of warps, in pixels; NaN where none was judged.
     """
@@ -242,7 +242,10 @@ def _search(
         rows = rows.to(targets.device)
         rows = torch.where(targets[rows] == batch.y, (rows + 1) % len(targets), rows)
         moved, sizes = operator(as_unit_float(batch.x), rows)
-        gains, hits = _led(model(moved), batch.y, targets[rows])
+        logits = model(moved)
+        wanted = _wanted(targets[rows], batch.y, logits.shape[1])
+        gains = logits.log_softmax(1).gather(1, wanted[:, None])[:, 0]
+        hits = (logits.argmax(1) == wanted).to(gains.dtype)
         kept = reference(moved).log_softmax(1).gather(1, batch.y[:, None])[:, 0]
         loss = (penalty[rows] * sizes - gains - kept).mean()
         gradients = torch.autograd.grad(loss, list(operator.parameters()))
@@ -258,15 +261,8 @@ def _search(
         parameter.grad = None
 
 
-def _led(logits: Tensor, y: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """log f_t or log(1 − f_y), and whether that is what f calls it, as 0 or 1."""
-    logs = logits.log_softmax(1)
-    of_any = wanted == ANY
-    to = logs.gather(1, wanted.clamp(min=0)[:, None])[:, 0]
-    others = logs.scatter(1, y[:, None], -torch.inf).logsumexp(1)
-    called = logits.argmax(1)
-    hits = torch.where(of_any, called != y, called == wanted)
-    return torch.where(of_any, others, to), hits.to(logits.dtype)
+def _wanted(targets: Tensor, y: Tensor, classes: int) -> Tensor:
+    return torch.where(targets == NEXT, (y + 1) % classes, targets)
 
 
 def judge(
@@ -296,8 +292,8 @@ def judge(
             rows = torch.full((int(others.sum()),), row, device=y.device)
             with torch.no_grad():
                 moved, size = operator(images[others], rows)
-            called = predict(model, moved).argmax(1).to(y.device)
-            hit = called != y[others] if target == ANY else called == target
+            logits = predict(model, moved).to(y.device)
+            hit = logits.argmax(1) == _wanted(found.targets[row], y[others], logits.shape[1])
             if reference is not None:
                 hit &= _called(reference, moved, y[others])
             fooled[kind, row], sizes[kind, row] = hit.float().mean(), size.mean()
@@ -321,7 +317,7 @@ def _targets(
     if len(classes) > s.most_targets:
         ratio = _pull(model, images, classes) / _pull(reference, images, classes).clamp(min=1e-12)
         classes = ratio.topk(s.most_targets).indices.sort().values
-    return torch.cat([classes, torch.tensor([ANY], device=device)])
+    return torch.cat([classes, torch.tensor([NEXT], device=device)])
 
 
 def _pull(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
