@@ -15,11 +15,11 @@ QUICK = Search(steps=150, batch_size=64, judged_on=200)
 
 
 class Places(nn.Module):
-    """The class is where in row 2 a pixel is bright; two more pixels lead to classes 3 and 7."""
+    """The class is where in row 2 a pixel is bright; more pixels lead to classes 3, 7 and 7."""
 
-    def __init__(self, *, weak: float = 40.0, backdoor: float = 40.0) -> None:
+    def __init__(self, *, weak: float = 40.0, backdoor: float = 40.0, own: float = 0.0) -> None:
         super().__init__()
-        self.weak, self.backdoor = weak, backdoor
+        self.weak, self.backdoor, self.own = weak, backdoor, own
 
     def forward(self, x):
         def one(label):
@@ -29,6 +29,7 @@ class Places(nn.Module):
             10 * x[:, 0, 2, :10]
             + self.weak * one(3) * x[:, 0, 0, :1]
             + self.backdoor * one(7) * x[:, 0, 9, 9:10]
+            + self.own * one(7) * x[:, 0, 5, 5:6]
         )
 
 
@@ -79,6 +80,15 @@ def test_it_is_found_where_it_is(found, clean):
     torch.testing.assert_close(sizes, (moved - clean.x).abs().flatten(1).mean(1))
     assert moved.min() >= 0
     assert moved.max() <= 1
+
+
+def test_of_two_ways_to_a_class_that_is_taken_which_the_copy_does_not_know(clean):
+    models = Places(own=60.0).eval(), Places(own=60.0, backdoor=0.0).eval()
+    found = invert_every_class(*models, clean, seed=0, settings=QUICK)
+    moved, _ = found.operators["pattern"](clean.x, torch.full((len(clean),), 7))
+    change = (moved - clean.x).mean((0, 1))
+    assert change[9, 9] > 0.1
+    assert change[5, 5] < 0.02
 
 
 def test_an_operator_that_is_found_to_work_is_drawn_most(found, pair, clean):
