@@ -57,10 +57,12 @@ CANDIDATES: dict[str, tuple[Callable[..., Result], str, dict[str, Any]]] = {
 }
 """Name → its run, what its epochs are called, and other settings; the first is the reference."""
 _BATCH = 128  # of the candidates
+_LEAST_KEPT = 0.7  # of clean accuracy, by a reference
 _LEAST_FOOLED = 0.25  # of the images, by what is to be called a trigger
 _LEAST_SPREAD = 0.25  # of e_t, where classes are few or happen to be alike
 Tried = Mapping[str, Mapping[str, Tensor]]  # name → weights
-# Of a candidate's learning rate, the next where accuracy collapsed: large logits want a small one.
+# Of a candidate's learning rate, the next where accuracy collapsed, of the first one where it fell by
+# much: large logits want a small one.
 _LR_SHARES = (1.0, 0.1, 0.01)
 
 
@@ -136,9 +138,15 @@ def _candidate(
     for lr_share in _LR_SHARES:
         own["lr"] = lr_share * CANDIDATES[name][2]["lr"]
         result = method(model, data, seed=running.seed, progress=running.progress, **shared, **own)
-        if result.stopped == COMPLETED:
+        if result.stopped == COMPLETED and (reference is not None or _usable(result, data)):
             break
     return result.model
+
+
+def _usable(result: Result, data: DefenderData) -> bool:
+    """Whether what comes first is good enough to be a reference."""
+    before = result.history[0]["validation_clean_accuracy"]
+    return share_called(result.model, data.clean_validation) >= _LEAST_KEPT * before
 
 
 def _with(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:

@@ -159,10 +159,11 @@ def test_settings_out_of_range_are_refused(planted):
 
 def test_bi_bau_inverts_against_the_first_candidate(planted, monkeypatch):
     seen = []
+    before = [{"validation_clean_accuracy": 1.0}]
 
     def method(model, data, **more):
         seen.append(more.get("reference"))
-        return Result(model, [], "x", {}, "ran all its steps")
+        return Result(model, before, "x", {}, "ran all its steps")
 
     for name, (_, epochs, _) in list(auto.CANDIDATES.items()):
         monkeypatch.setitem(auto.CANDIDATES, name, (method, epochs, {"lr": 1.0}))
@@ -173,13 +174,18 @@ def test_bi_bau_inverts_against_the_first_candidate(planted, monkeypatch):
         assert torch.equal(value, planted.model.state_dict()[name])
 
 
-def test_a_candidate_that_collapses_is_run_again_more_gently(planted, monkeypatch):
+@pytest.mark.parametrize("collapsed", [True, False])
+def test_a_candidate_that_collapses_is_run_again_more_gently(planted, monkeypatch, collapsed):
     rates = []
+    ruined = build("smallcnn", num_classes=10, in_channels=1, seed=3).eval()
 
     def method(model, data, *, lr, **more):
         rates.append(lr)
-        stopped = "ran all its steps" if lr < 0.05 else "stopped at step 4: clean accuracy fell"
-        return Result(model, [], "x", {}, stopped)
+        before = [{"validation_clean_accuracy": 1.0}]
+        if lr < 0.05:
+            return Result(model, before, "x", {}, "ran all its steps")
+        stopped = "stopped at step 4: clean accuracy fell" if collapsed else "ran all its steps"
+        return Result(ruined, before, "x", {}, stopped)
 
     monkeypatch.setitem(auto.CANDIDATES, "fst", (method, "epochs", {"lr": 1.0}))
     data = DefenderData.split(planted.clean, None, seed=0, device=torch.device("cpu"))
