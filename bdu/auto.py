@@ -61,7 +61,7 @@ _LEAST_KEPT = 0.7  # of clean accuracy, by a reference
 _LEAST_FOOLED = 0.25  # of the images, by what is to be called a trigger
 _LEAST_SPREAD = 0.25  # of e_t, where classes are few or happen to be alike
 Tried = Mapping[str, Mapping[str, Tensor]]  # name → weights
-# Of a candidate's learning rate, the next where accuracy collapsed, of the first one where it fell by
+# Of a candidate's learning rate, the next where accuracy collapsed, or of the first one fell by
 # much: large logits want a small one.
 _LR_SHARES = (1.0, 0.1, 0.01)
 
