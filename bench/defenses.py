@@ -524,7 +524,7 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
     names = [name(row) for row in rows]
     order = [n for n in dict.fromkeys(names) if n != "none"][::-1]
     figure, axes = pyplot.subplots(
-        1, 3, figsize=(11, 1.2 + 0.4 * len(order)), sharey=True, layout="constrained"
+        1, 3, figsize=(11, 1.8 + 0.4 * len(order)), sharey=True, layout="constrained"
     )
     for axis, (title, value, asked) in zip(axes, panels, strict=True):
         for place, wanted in enumerate(order):
@@ -552,7 +552,8 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
         axis.axvline(asked, linestyle=":", color="grey")
         axis.axvline(0, color="lightgrey", linewidth=0.8, zorder=0)
         axis.set(xlabel=title, yticks=range(len(order)), yticklabels=order)
-    axes[0].legend(loc="best", title="dotted: asked for", fontsize="small")
+    marks = axes[0].get_legend_handles_labels()
+    figure.legend(*marks, loc="outside upper right", ncols=2, title="dotted: asked for")
     picture = io.BytesIO()
     figure.savefig(picture, dpi=110, format="png")
     atomic_write(file, picture.getvalue())
