@@ -73,7 +73,7 @@ class Settings(Shared):
     Attributes:
         steps: of a candidate's optimizer at least, whatever the number of samples.
         inversion_steps: for each kind of operator.
-        threshold: > 0, of the largest anomaly, below which a model looks clean.
+        threshold: ≥ 0, of the largest anomaly, below which a model looks clean; 0: none does.
         accuracy_margin: clean accuracy that may be given up for less residue, in [0, 1].
     """
 
@@ -84,7 +84,7 @@ class Settings(Shared):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_numbers(self, counts=("steps", "inversion_steps"), positive=("threshold",))
+        check_numbers(self, counts=("steps", "inversion_steps"), at_least_zero=("threshold",))
         check_numbers(self, shares=("accuracy_margin",))
 
 

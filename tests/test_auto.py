@@ -152,7 +152,7 @@ def test_it_says_so_where_nothing_helped(planted, judge):
 
 
 def test_settings_out_of_range_are_refused(planted):
-    for name, value in (("threshold", 0), ("accuracy_margin", -1), ("inversion_steps", 0)):
+    for name, value in (("threshold", -1), ("accuracy_margin", -1), ("inversion_steps", 0)):
         with pytest.raises(ValueError, match=name):
             planted.unlearn(**{name: value})
 

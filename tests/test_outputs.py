@@ -17,7 +17,7 @@ from bdu.trainer import METHODS, unlearn
 from bdu.training import fit
 
 TINY = {
-    "auto": {"steps": 4, "probe_steps": 2, "threshold": 0.0},
+    "auto": {"steps": 4, "inversion_steps": 2, "threshold": 0.0},
     "balanced": {"unlearn_steps": 4, "recovery_steps": 2, "evaluate_every": 2},
     "fine-tuning": {"epochs": 2},
     "ulrl": {"unlearn_epochs": 1, "relearn_epochs": 1, "unlearned_accuracy": 0.0},
