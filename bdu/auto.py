@@ -177,9 +177,12 @@ def _operators(course: Course, s: Settings, tried: Tried) -> Found:
     state = course.once(
         "operators",
         lambda: invert_every_class(
-            *(course.before, _with(course.before, _first(tried)), clean),
+            course.before,
+            _with(course.before, _first(tried)),
+            clean,
             seed=course.seed + 1,  # not that of a candidate
             settings=Search(steps=s.inversion_steps),
+            wrap=course.bar("inversion"),
         ).state(),
     )
     return Found.from_state(state, clean.x.shape[1:])

@@ -143,7 +143,10 @@ def run(
             )
             if len(moved):
                 wrong = course.clean_loss(
-                    *(logits[len(images) :], images[kept], batch.y[kept], s.distillation),
+                    logits[len(images) :],
+                    images[kept],
+                    batch.y[kept],
+                    s.distillation,
                     None if suspect is None else suspect[kept],
                 )
                 loss = loss + s.adversarial_weight * len(moved) / count * wrong
@@ -153,7 +156,9 @@ def run(
 
 def _reference(course: Course, s: Settings) -> nn.Module | None:
     shift_features(
-        *(course, "reference", s.reference_epochs),
+        course,
+        "reference",
+        s.reference_epochs,
         anneal=True,
         batch_size=s.batch_size,
         distillation=0.0,
@@ -185,7 +190,12 @@ def _inverted(
         state = course.once(
             f"operators {number}",
             lambda: invert_every_class(
-                course.before, against, clean, seed=seed, settings=search
+                course.before,
+                against,
+                clean,
+                seed=seed,
+                settings=search,
+                wrap=course.bar("inversion"),
             ).state(),
         )
         return Found.from_state(state, clean.x.shape[1:])
@@ -195,7 +205,11 @@ def _inverted(
         state = course.once(
             f"trigger {number}",
             lambda: invert_trigger(
-                [course.before, *moved], clean, seed=seed, settings=Inversion(s.inversion_steps)
+                [course.before, *moved],
+                clean,
+                seed=seed,
+                settings=Inversion(s.inversion_steps),
+                wrap=course.bar("inversion"),
             ).state(),
         )
     finally:

@@ -254,6 +254,11 @@ class Course:
         value: Kept = self._kept_values[name]
         return value
 
+    def bar(self, name: str) -> Callable[[Iterable[int]], Iterable[int]]:
+        """Around the numbers of the steps of what takes long within a round: a progress bar."""
+        shown = self._running.progress
+        return lambda steps: tqdm(steps, desc=name, disable=not shown, leave=False)
+
     def batches(self, samples: Samples, size: int) -> Iterator[Samples]:
         """All samples once, in random order; a last batch of one joins the one before it."""
         order = torch.randperm(len(samples), generator=self.generator)

@@ -55,7 +55,9 @@ def run(model: nn.Module, data: DefenderData, **options: Any) -> Result:
     running, s = read_options(Settings, options)
     course = Course(NAME, model, data, s, running)
     shift_features(
-        *(course, "tune", s.epochs),
+        course,
+        "tune",
+        s.epochs,
         lr=s.lr,
         momentum=s.momentum,
         weight_decay=s.weight_decay,
