@@ -152,6 +152,7 @@ TUNING = [
     Case("cifar10", "badnets", seed=10),
     Case("cifar10", "wanet", seed=10),
     Case("cifar10", "bpp", seed=10),
+    Case("cifar10", "sig", 0.08, seed=10),
     Case("cifar10", "badnets", seed=10, target="all-to-all"),
 ]
 
