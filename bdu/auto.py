@@ -53,7 +53,7 @@ NAME = "auto"
 CANDIDATES: dict[str, tuple[Callable[..., Result], str, dict[str, Any]]] = {
     "fst": (fst.run, "epochs", {"lr": 0.01, "anneal": True}),
     "bi-bau": (bi_bau.run, "epochs", bi_bau.AGAINST_A_REFERENCE),
-    "ulrl": (ulrl.run, "relearn_epochs", {"lr": 5e-3, "distillation": 0.9, "least": 1}),
+    "ulrl": (ulrl.run, "relearn_epochs", {"lr": 5e-3, **ulrl.WITH_LENGTH_KEPT}),
 }
 """Name → its run, what its epochs are called, and other settings; the first is the reference."""
 _BATCH = 128  # of the candidates

@@ -55,6 +55,7 @@ from bdu.checkpoint import atomic_write, load_into
 from bdu.cli import main as bdu
 from bdu.data import split_indices
 from bdu.defenses.bi_bau import AGAINST_A_REFERENCE
+from bdu.defenses.ulrl import WITH_LENGTH_KEPT
 from bdu.metrics import (
     Target,
     defense_effectiveness_rate,
@@ -81,7 +82,7 @@ CLEAN_SHARE = {"ulrl": 0.2}  # of the defender's 5 %
 # As published unless it says why not; "ours" are our variants of a method.
 SETTINGS: dict[str, dict[str, Any]] = {
     "fst, ours": {"distillation": 0.9, "anneal": True, "epochs": 25},
-    "ulrl, ours": {"distillation": 0.9, "relearn_epochs": 60, "least": 1},
+    "ulrl, ours": {**WITH_LENGTH_KEPT, "relearn_epochs": 60},
     "bi-bau, ours": {**AGAINST_A_REFERENCE, "reference_epochs": 25, "epochs": 20},
     "sau": {"epochs": 20, "lr": 5e-4},  # 100 at 1e-4: five times the time
     "pam": {"epochs": 10},  # of a round; 30

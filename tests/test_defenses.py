@@ -375,6 +375,33 @@ def test_ulrl_takes_the_rows_that_stand_out_most_where_it_is_told_to(planted):
         assert (found[head].tolist() if rows else found) == (rows or {})
 
 
+@pytest.mark.parametrize("neurons", ["last", "all"])
+def test_ulrl_keeps_the_length_of_the_rows_it_makes_anew(planted, monkeypatch, neurons):
+    options = {"neurons": neurons, "least": 1, "threshold": 2.0, "relearn_epochs": 2}
+    chosen = {}
+
+    def note(course, name, rows):
+        chosen[name] = rows
+        reinitialise(course, name, rows)
+
+    reinitialise = ulrl._reinitialise
+    monkeypatch.setattr(ulrl, "_reinitialise", note)
+    kept, free = (
+        dict(planted.unlearn("ulrl", keep_length=keep, **options).model.named_parameters())
+        for keep in (True, False)
+    )
+    for name, rows in chosen.items():
+        before = planted.model.get_parameter(name).flatten(1)
+        usual = float(before.norm(dim=1).median())
+        lengths = kept[name][rows].flatten(1).norm(dim=1).tolist()
+        assert lengths == pytest.approx([usual] * len(rows), rel=1e-5)
+        assert free[name][rows].flatten(1).norm(dim=1).tolist() != pytest.approx(lengths, rel=1e-2)
+        towards = functional.cosine_similarity(
+            kept[name][rows].flatten(1), planted.model.get_parameter(name)[rows].flatten(1)
+        )
+        assert neurons == "all" or float(towards.max()) < 0.2
+
+
 def test_ulrl_says_so_where_nothing_stands_out(planted):
     with pytest.warns(UserWarning, match="no neuron stands out"):
         planted.unlearn("ulrl", threshold=1e9)

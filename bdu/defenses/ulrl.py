@@ -11,8 +11,10 @@ are the defaults (those for CIFAR-10). Threat model: white box, 1 % clean data, 
 
 Where this differs: the authors' code runs every batch of step 3 twice in training mode, which
 updates batch norm twice; this does not. ``neurons="all"`` is ours: rows of every layer are scored,
-each within its layer. An attack from all classes to all leaves no row that stands out; then step 3
-is plain fine-tuning, and a warning says so.
+each within its layer. So is ``keep_length``: with few images a row that starts short and is pushed
+away stays short, and its class is hardly called any more; kept as long as the others, it loses no
+class and can be pushed harder. An attack from all classes to all leaves no row that stands out;
+then step 3 is plain fine-tuning, and a warning says so.
 
 Cost: at most `unlearn_epochs` + `relearn_epochs` forward and backward passes over the clean
 samples.
@@ -37,6 +39,9 @@ from bdu.defenses.protocol import DefenderData, Result
 NAME = "ulrl"
 Neurons = Literal["last", "all"]
 
+WITH_LENGTH_KEPT = {"keep_length": True, "alpha": 1.0, "distillation": 0.9, "least": 1}
+"""Settings of ours, beside the epochs."""
+
 
 @dataclass(frozen=True)
 class Settings(Distilled):
@@ -53,6 +58,8 @@ class Settings(Distilled):
             those with the highest z (ours; 0 is as published).
         relearn_epochs, lr: of step 3; the learning rate falls as a cosine.
         alpha: α ≥ 0, how hard suspicious rows are pushed away from what they were.
+        keep_length: whether suspicious rows have the median length of their layer's rows, from
+            their start and after every step (ours).
         momentum: of SGD, in both.
         batch_size: samples a step.
     """
@@ -67,6 +74,7 @@ class Settings(Distilled):
     relearn_epochs: int = 20
     lr: float = 5e-3
     alpha: float = 0.7
+    keep_length: bool = False
     momentum: float = 0.9
     batch_size: int = 128
 
@@ -103,6 +111,8 @@ def run(model: nn.Module, data: DefenderData, **options: Any) -> Result:
         course.student.load_state_dict(course.before.state_dict())
         for name, rows in suspicious.items():
             _reinitialise(course, name, rows)
+            if s.keep_length:
+                _lengthen(course, name, rows)
 
     optimizer = course.sgd(s.lr, free=suspicious, momentum=s.momentum)
     for epoch in course.stage("relearn", s.relearn_epochs, optimizer, begin=begin):
@@ -116,6 +126,8 @@ def run(model: nn.Module, data: DefenderData, **options: Any) -> Result:
                 away = functional.cosine_similarity(own.flatten(1), old.flatten(1))
                 loss = loss + s.alpha * away.sum()
             course.step(optimizer, loss)
+            for name, rows in suspicious.items() if s.keep_length else ():
+                _lengthen(course, name, rows)
     return course.result()
 
 
@@ -148,3 +160,13 @@ def _reinitialise(course: Course, name: str, rows: Tensor) -> None:
         weight[rows] = fresh.to(weight)
         if bias is not None:
             bias[rows] = 0.0
+
+
+def _lengthen(course: Course, name: str, rows: Tensor) -> None:
+    """Or shorten, to the median length of the layer's rows in the suspect model."""
+    usual = course.before.get_parameter(name).flatten(1).norm(dim=1).median()
+    weight = course.student.get_parameter(name)
+    with torch.no_grad():
+        own = weight[rows]
+        length = own.flatten(1).norm(dim=1).clamp(min=torch.finfo(own.dtype).tiny)
+        weight[rows] = own * (usual / length).view(-1, *[1] * (own.dim() - 1))
