@@ -3,7 +3,9 @@
     r ← FST                                               the first candidate, and the reference
     φ_t ← what turns f_bd and leaves r right              for every class t, see classwise.py
     anomaly(t) = (e_t − median) / (1.4826 MAD) over all classes,  e_t = log J(φ_t) / size(φ_t)
-    all anomalies < `threshold`: f_bd looks clean and is returned as it is
+    deficit(c) = (n_r − n_f) / √(n_r + n_f),  n: images of class c that this one of r and f_bd
+    alone calls right
+    all anomalies and deficits < `threshold`: f_bd looks clean and is returned as it is
     else of the candidates that at least halve the residue = max over the suspicious t of the share
     of images that φ_t turns, and whose clean accuracy is within `accuracy_margin` of the best such,
     that with the lowest residue, and of two alike the one whose residue half-way on the line back
@@ -13,8 +15,11 @@ Small changes also fool a model that was never backdoored, but what fools it spo
 copy with a new last layer, too: natural weaknesses are in the data and transfer, a backdoor is in
 the weights and does not. And they are about as large for every class. So the suspect model is
 compared with its own cleaned copy and a class with the other classes, and no size or rate has to
-be known beforehand; with two or three classes there is little to compare. The candidate that learns
-from inverted triggers inverts its own, with other draws than those that judge it.
+be known beforehand; with two or three classes there is little to compare. Attacks that leave labels
+as they are may have triggers too large to stand out, but a class that was learnt by its trigger is
+missed where there is none, and a short fine-tuning brings it back: hence the deficit, McNemar's
+statistic. Its φ_t are suspicious then, whatever they do. The candidate that learns from inverted
+triggers inverts its own, with other draws than those that judge it.
 
 Ours; that a backdoor's class needs an unusually small change, and the index that says how unusual,
 is Neural Cleanse (Wang et al. 2019), that the line back tells shallow cleaning from deep is PAM
@@ -35,8 +40,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bdu.data import as_unit_float
 from bdu.defenses import bi_bau, fst, ulrl
-from bdu.defenses.classwise import NEXT, Found, Search, invert_every_class, judge
+from bdu.defenses.classwise import NEXT, Found, Search, called_right, invert_every_class, judge
 from bdu.defenses.course import (
     COMPLETED,
     Course,
@@ -73,7 +79,8 @@ class Settings(Shared):
     Attributes:
         steps: of a candidate's optimizer at least, whatever the number of samples.
         inversion_steps: for each kind of operator.
-        threshold: ≥ 0, of the largest anomaly, below which a model looks clean; 0: none does.
+        threshold: ≥ 0, of the largest anomaly or deficit, below which a model looks clean; 0: none
+            does.
         accuracy_margin: clean accuracy that may be given up for less residue, in [0, 1].
     """
 
@@ -103,18 +110,22 @@ def run(model: nn.Module, data: DefenderData, **options: Any) -> Result:
         tried[names[number]] = dict(cleaned.state_dict())
         course.student.load_state_dict(cleaned.state_dict())
         anomaly = float(_anomalies(course, s, tried).max())
-        course.note(anomaly=anomaly)
-        if anomaly < s.threshold:
+        deficit = float(_deficits(course, s, tried).max())
+        course.note(anomaly=anomaly, deficit=deficit)
+        if max(anomaly, deficit) < s.threshold:
             course.end_stage()
     if names[0] not in tried:  # the suspect model's outputs are no numbers
         return course.result()
-    anomalies = _anomalies(course, s, tried)
-    most = float(anomalies.max())
-    if most >= s.threshold:
-        chosen, reason = _chosen(course, s, tried, anomalies >= s.threshold)
+    anomalies, deficits = _anomalies(course, s, tried), _deficits(course, s, tried)
+    suspicious = (anomalies >= s.threshold) | (deficits >= s.threshold)
+    if suspicious.any():
+        chosen, reason = _chosen(course, s, tried, suspicious)
         weights = tried[chosen]
     else:
-        reason = f"looks clean and was left as it is: anomaly {most:.2f}, below {s.threshold:g}"
+        reason = (
+            f"looks clean and was left as it is: anomaly {float(anomalies.max()):.2f} and deficit "
+            f"{float(deficits.max()):.2f}, both below {s.threshold:g}"
+        )
         weights = dict(course.before.state_dict())
     for _ in course.stage("choose", 1, guarded_from=None):
         course.student.load_state_dict(weights)
@@ -170,6 +181,20 @@ def _anomalies(course: Course, s: Settings, tried: Tried) -> Tensor:
 
     anomalies: Tensor = course.once("anomalies", make)
     return anomalies
+
+
+def _deficits(course: Course, s: Settings, tried: Tried) -> Tensor:
+    """Of every target's class on held-out images, (targets,); 0 for `NEXT`."""
+    samples, reference = course.data.clean_validation, _with(course.before, _first(tried))
+    suspect_right, reference_right = (
+        called_right(model, as_unit_float(samples.x), samples.y)
+        for model in (course.before, reference)
+    )
+    targets = _operators(course, s, tried).targets
+    own = samples.y == targets[:, None]
+    lost = (own & suspect_right & ~reference_right).sum(1)
+    gained = (own & reference_right & ~suspect_right).sum(1)
+    return (gained - lost) / (gained + lost).clamp(min=1).sqrt()
 
 
 def _operators(course: Course, s: Settings, tried: Tried) -> Found:

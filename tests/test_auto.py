@@ -11,6 +11,7 @@ from bdu import auto, metrics
 from bdu.attacks import make_attack, poison
 from bdu.cli.demo import digits
 from bdu.data import split_indices
+from bdu.defenses.classwise import NEXT, called_right
 from bdu.defenses.course import Course, Running
 from bdu.defenses.protocol import DefenderData, Result
 from bdu.models import build
@@ -115,6 +116,10 @@ class Judge:
         s = replace(self.settings, **settings)
         return auto._chosen(self.course, s, weights, self.anomalies >= s.threshold)
 
+    def deficits(self, reference):
+        tried = {"fst": reference.state_dict()}
+        return auto._deficits(self.course, self.settings, tried)
+
 
 @pytest.fixture(scope="module")
 def judge(planted, cleaned):
@@ -124,6 +129,23 @@ def judge(planted, cleaned):
 def test_the_target_stands_out(judge):
     assert judge.found.targets[judge.anomalies.max(0).values.argmax()] == TARGET
     assert judge.anomalies[:, TARGET].max() >= judge.settings.threshold
+
+
+def test_a_class_that_only_the_copy_calls_is_a_deficit(planted, judge):
+    y = judge.course.data.clean_validation.y
+    right = called_right(planted.model, judge.course.data.clean_validation.x, y)
+    blind = build("smallcnn", num_classes=10, in_channels=1, seed=0).eval()
+    blind.load_state_dict(planted.model.state_dict())
+    with torch.no_grad():
+        list(blind.parameters())[-1][3] -= 1e3  # its bias: class 3 is never called
+    count = int((right & (y == 3)).sum())
+    before, judge.course.before = judge.course.before, blind
+    deficits = judge.deficits(planted.model)
+    judge.course.before = before
+    assert float(deficits[3]) == pytest.approx(count**0.5)
+    assert float(judge.deficits(blind)[3]) == pytest.approx(-(count**0.5))
+    assert float(judge.deficits(planted.model).abs().max()) == 0
+    assert float(deficits[judge.found.targets == NEXT].abs().max()) == 0
 
 
 def test_the_least_residue_wins_among_those_that_kept_their_accuracy(planted, cleaned, judge):

@@ -278,9 +278,9 @@ def judge(
     φ_t(x) t. `only`, (kinds, T) bool, names the operators to look at.
     """
     images, y = as_unit_float(samples.x), samples.y
-    right = _called(model, images, y)
+    right = called_right(model, images, y)
     if reference is not None:
-        right &= _called(reference, images, y)
+        right &= called_right(reference, images, y)
     images, y = images[right], y[right]
     fooled = torch.zeros(len(found.operators), len(found.targets), device=y.device)
     sizes = torch.full_like(fooled, torch.nan)
@@ -295,12 +295,13 @@ def judge(
             logits = predict(model, moved).to(y.device)
             hit = logits.argmax(1) == _wanted(found.targets[row], y[others], logits.shape[1])
             if reference is not None:
-                hit &= _called(reference, moved, y[others])
+                hit &= called_right(reference, moved, y[others])
             fooled[kind, row], sizes[kind, row] = hit.float().mean(), size.mean()
     return fooled, sizes
 
 
-def _called(model: nn.Module, images: Tensor, y: Tensor) -> Tensor:
+def called_right(model: nn.Module, images: Tensor, y: Tensor) -> Tensor:
+    """Which images in [0, 1] the model calls y, (N,) bool."""
     if not len(y):
         return torch.zeros(0, dtype=torch.bool, device=y.device)
     return predict(model, images).argmax(1).to(y.device) == y
