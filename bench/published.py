@@ -5,7 +5,7 @@
 DATA is the folder with ``models/`` and ``vision/`` that bench/prepare.py reads as well. The
 defender holds 500 clean images of the training set, other 500 serve the retune attack (five of them
 poisoned), and the evaluator holds test images; every seed is another draw. Nothing here chose a
-setting.
+setting: a method whose name ends in ", ours" has those of bench/defenses.py.
 
     NAD (Li et al. 2021)         WRN-16-1, CIFAR-10, 3x3 pattern, target 5, exact pixels
     badnets-pytorch (verazuo)    two convolutions, CIFAR-10 and MNIST, white 5x5 square, target 1
@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from defenses import SETTINGS, method_of
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -111,21 +112,23 @@ def write_parts(case: Published, file: Path, parts: Path, seed: int) -> None:
 
 def clean(case: Published, options: argparse.Namespace, method: str, seed: int) -> dict[str, Any]:
     """One run of the command; what it measured."""
-    short = case.name.replace(" ", "-")
-    parts, out = options.runs / f"{short}-{seed}", options.runs / f"{short}-{method}-{seed}"
+    short, plain = case.name.replace(" ", "-"), method.replace(", ", "-")
+    parts, out = options.runs / f"{short}-{seed}", options.runs / f"{short}-{plain}-{seed}"
     if not (out / "metrics.json").exists():
         parts.mkdir(parents=True, exist_ok=True)
         write_parts(case, options.data / "vision" / case.images, parts, seed)
         side = np.asarray(Image.open(parts / "trigger.png")).shape[0]
         with np.load(parts / "test.npz") as archive:
             corner = archive["x"].shape[1] - side
+        settings = SETTINGS[method] if method != method_of(method) else {}
         arguments = [
-            *("unlearn", "--method", method, "--model", case.model, *case.flags),
+            *("unlearn", "--method", method_of(method), "--model", case.model, *case.flags),
             *("--checkpoint", options.data / "models" / case.checkpoint),
             *("--clean", parts / "clean.npz", "--eval-data", parts / "test.npz"),
             *("--retune-data", parts / "retune.npz", "--trigger", parts / "trigger.png"),
             *("--position", f"{corner},{corner}", "--target", case.target),
             *("--seed", seed, "--out", out, "--resume", "--quiet"),
+            *(word for item in settings.items() for word in ("--set", "{}={}".format(*item))),
         ]
         if bdu([str(a) for a in arguments]) != 0:
             raise SystemExit(f"bdu {' '.join(map(str, arguments))} failed")
