@@ -6,7 +6,9 @@
 
 Every case is a model that `bdu poison` plants, kept under a name that holds a hash of all that went
 into it; every cell is one defence on it, one .json file. What is there is taken as it is, so the
-table can be interrupted, extended and remade; a cell that was not run says so.
+table can be interrupted, extended and remade; a cell that was not run says so. Models that lie in
+bench/planted/ are taken from there, as they take hours (--keep-planted puts them there; without
+that folder all are planted anew), and so are the rows that --json holds already.
 
 Rules: the defender's images (5 % of the training set, 1 % for ULRL; a fifth of them its own
 validation split) are in neither the attacker's nor the evaluator's part. Settings are in SETTINGS
@@ -29,6 +31,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -67,6 +70,8 @@ from bdu.runs import versions
 from bdu.trainer import unlearn
 
 MODELS = {"cifar10": "resnet18-w8", "gtsrb": "wrn16-1"}
+PLANTED = Path(__file__).parent / "planted"
+KEPT = ("model.safetensors", "attack.json", "trigger.safetensors")
 CLASSES = {"cifar10": 10, "gtsrb": 43}
 EPOCHS = {"cifar10": 10, "gtsrb": 12}
 LONGER = 30  # for what these networks do not learn in as few
@@ -195,6 +200,8 @@ class Table:
         folder = self.folder(case)
         if (folder / "metrics.json").exists():
             return
+        if not folder.exists() and (PLANTED / folder.name).exists():
+            shutil.copytree(PLANTED / folder.name, folder)
         more: list[str] = []
         for name, value in case.options.items():
             more += ["--set", f"{name}={value}"]
@@ -209,6 +216,27 @@ class Table:
             *("--rate", str(case.rate), "--epochs", str(case.epochs or EPOCHS[case.data])),
             *("--seed", str(case.seed), "--out", folder, "--resume", "--quiet", *more),
         )
+
+    def keep(self, case: Case) -> None:
+        """Put a planted model where the next table finds it."""
+        folder = self.folder(case)
+        if not (folder / "metrics.json").exists():
+            return
+        (PLANTED / folder.name).mkdir(parents=True, exist_ok=True)
+        for name in KEPT:
+            if (folder / name).exists():
+                shutil.copyfile(folder / name, PLANTED / folder.name / name)
+
+    def adopt(self, rows: list[dict[str, Any]], chosen: list[Case]) -> None:
+        """Write the cells of rows of today's settings, where there are none."""
+        known = {(case.label, case.seed): case for case in chosen}
+        for row in rows:
+            case = known.get((row["case"], row["case_seed"]))
+            if case is None or row["settings"] != SETTINGS.get(row["defense"], {}):
+                continue
+            file = self.cell(case, row["defense"], row["seed"], row["anchored"])
+            if not file.exists():
+                write_row(file, row)
 
 
 def call(*arguments: str | Path) -> None:
@@ -290,6 +318,7 @@ def measure(table: Table, case: Case, defense: str, seed: int, anchored: bool) -
         "seconds": seconds,
         "stopped": stopped,
         "warnings": warned,
+        "commit": commit(),
         "versions": versions(),
     }
     if planted.trigger is not None:
@@ -443,7 +472,11 @@ def run_job(table: Table, argument: str) -> None:
         return
     defense, seed, anchored = job
     row = measure(table, case, defense, seed, anchored)
-    file = table.cell(case, defense, seed, anchored)
+    write_row(table.cell(case, defense, seed, anchored), row)
+
+
+def write_row(file: Path, row: dict[str, Any]) -> None:
+    """One cell."""
     file.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(file, json.dumps(row) + "\n")
 
@@ -471,12 +504,9 @@ def cell_text(values: Iterable[float | None]) -> str:
 
 def text_of(rows: list[dict[str, Any]], missing: list[str]) -> str:
     """The table as Markdown."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    ).stdout.strip()
     lines = [
         f"Percent; mean ± standard deviation over the seeds counted; {MODELS['cifar10']} and "
-        f"{MODELS['gtsrb']}; commit {commit}; {date.today().isoformat()}; "
+        f"{MODELS['gtsrb']}; commit {commit()}; {date.today().isoformat()}; "
         f"torch {versions()['torch']}. Columns: see bench/defenses.py.",
         "",
         "| case | defence | seeds | " + " | ".join(name for name, _ in COLUMNS) + " | seconds |",
@@ -565,6 +595,17 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
     pyplot.close(figure)
 
 
+def commit() -> str:
+    """Of this code."""
+    return subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.strip()
+
+
 def name(row: dict[str, Any]) -> str:
     """Of a row's defence."""
     return str(row["defense"]) + (" + anchored" if row["anchored"] else "")
@@ -585,6 +626,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, choices=(1, 2), default=2)
     parser.add_argument("--plant-only", action="store_true")
     parser.add_argument("--planted-only", action="store_true", help="cells of models that exist")
+    parser.add_argument("--keep-planted", action="store_true", help="copy models to bench/planted")
     parser.add_argument("--tabulate-only", action="store_true", help="run nothing")
     parser.add_argument("--job", default=None, help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, default=None)
@@ -602,6 +644,8 @@ def main() -> None:
         if case.data in data
         and (options.only is None or any(part in case.label for part in options.only))
     ]
+    if options.json is not None and options.json.exists():
+        table.adopt(json.loads(options.json.read_text()), chosen)
     if not options.tabulate_only:
         for name in {case.data for case in chosen}:
             if not (table.folder(control_of(name)) / "metrics.json").exists():
@@ -610,6 +654,9 @@ def main() -> None:
             jobs = [pool.submit(work, table, case, options) for case in chosen]
             for job in tqdm(jobs, unit="case"):
                 job.result()
+    if options.keep_planted:
+        for case in chosen:
+            table.keep(case)
     rows, missing = [], []
     for case in chosen:
         for defense in options.defenses:
@@ -624,6 +671,9 @@ def main() -> None:
     if options.json is not None:
         atomic_write(options.json, json.dumps(rows, indent=1) + "\n")
     if options.markdown is not None:
+        if options.plot is not None:
+            picture = os.path.relpath(options.plot, options.markdown.parent)
+            text += f"\n![ASR, clean accuracy lost, and ASR after retuning]({picture})\n"
         atomic_write(options.markdown, text)
     if options.plot is not None:
         draw(rows, options.plot)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -415,6 +417,32 @@ def test_finished_run_resumed_gives_the_same_weights(data, tmp_path):
     assert main(poison(data, out, "--resume")) == 0
     again = load_state_dict(out / "model.safetensors")
     assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        ("badnets",),
+        ("trojannn", "--set", "size=3", "--set", "steps=2"),
+        ("input-aware", "--set", "width=4", "--set", "mask_steps=2"),
+    ],
+    ids=lambda attack: attack[0],
+)
+def test_model_and_attack_alone_resume_to_the_whole_run(data, tmp_path, attack):
+    arguments = ("--attack", *attack)
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    assert main(poison(data, whole, *arguments)) == 0
+    part.mkdir()
+    kept = ["model.safetensors", "attack.json"]
+    kept += [f.name for f in whole.glob("trigger.safetensors")]
+    for name in kept:
+        shutil.copy(whole / name, part)
+    assert main(poison(data, part, *arguments, "--resume")) == 0
+    before, after = contents(whole), contents(part)
+    for name in map(Path, (*kept, *(f"{part}.npz" for part in PARTS))):
+        assert after[name] == before[name], name
+    rates = [json.loads(c[Path("metrics.json")])["after"] for c in (before, after)]
+    assert rates[0] == rates[1]
 
 
 def test_existing_run_is_refused_and_left_as_it_is(data, planted, cleaned, capsys):

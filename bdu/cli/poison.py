@@ -65,7 +65,8 @@ def run(options: argparse.Namespace) -> None:
 
     Of the training part, the shares of the defender and of the retune attack are held out: the
     attacker trains on the rest. The evaluator gets ``--eval-split``, or where there is none a fifth
-    of everything. All of them are written as ``.npz`` and share no image.
+    of everything. All of them are written as ``.npz`` and share no image. A run that is resumed
+    with its model trained takes that and its ``attack.json`` as they are, and does the rest.
     """
     start = time.perf_counter()
     # Before anything is written: a run that cannot be must leave no folder behind.
@@ -96,15 +97,20 @@ def run(options: argparse.Namespace) -> None:
     directory = RunDirectory(options.out)
     config = {"command": "poison", **common.config(options)}
     poisoned: Poisoned | None = None
+    attack_file = directory.path / "attack.json"
+    is_trained = options.resume and directory.model.exists() and attack_file.exists()
     if isinstance(trigger, (JointlyTrained, Prepared)):
         # What can be refused is refused before hours of training.
         trigger.mask(train.x.shape)
         is_clean_label = getattr(trigger, "clean_label", False)
         drawn(attacker.y, rate=options.rate, clean_label=is_clean_label, **plan)
-    if isinstance(trigger, Prepared):
+    if is_trained:
+        trigger = load_attack(attack_file)
+        load_into(model, directory.model)
+    elif isinstance(trigger, Prepared):
         directory.start(config, resume=options.resume)
-        if options.resume and (directory.path / "attack.json").exists():
-            trigger = load_attack(directory.path / "attack.json")
+        if options.resume and attack_file.exists():
+            trigger = load_attack(attack_file)
             assert isinstance(trigger, Prepared)
         trigger.prepare(
             lambda: _surrogate(options, attacker, classes, device, directory),
@@ -112,18 +118,21 @@ def run(options: argparse.Namespace) -> None:
             attacker.y,
             **plan,
         )
-    if not isinstance(trigger, JointlyTrained):
+    if not (is_trained or isinstance(trigger, JointlyTrained)):
         poisoned = poison(attacker.x, attacker.y, trigger, rate=options.rate, **plan)
     directory.start(config, resume=options.resume or isinstance(trigger, Prepared))
     _write_part(directory, "defender_clean", train.subset(clean))
     _write_part(directory, "retune", train.subset(retune))
     _write_part(directory, "evaluator", evaluator)
 
+    def write_triggered() -> None:
+        images = ImageData(triggered_like(train.x[triggered], trigger), wanted[triggered])
+        _write_part(directory, "defender_triggered", images, y_true=train.y[triggered])
+
     def write_attack() -> None:
         if isinstance(trigger, Saved):
             trigger.save(directory.path / "trigger.safetensors")
-        images = ImageData(triggered_like(train.x[triggered], trigger), wanted[triggered])
-        _write_part(directory, "defender_triggered", images, y_true=train.y[triggered])
+        write_triggered()
         record = {
             "trigger": _spec(trigger),
             "target": target,
@@ -132,7 +141,7 @@ def run(options: argparse.Namespace) -> None:
             "classes": train.classes,
             **_changes(poisoned, rest),
         }
-        atomic_write(directory.path / "attack.json", json.dumps(record) + "\n")
+        atomic_write(attack_file, json.dumps(record) + "\n")
 
     lines: list[dict[str, Any]] = []
 
@@ -147,7 +156,10 @@ def run(options: argparse.Namespace) -> None:
         "callbacks": [keep],
         "state_file": directory.state,
     }
-    if isinstance(trigger, JointlyTrained):
+    if is_trained:
+        write_triggered()
+        history = lines
+    elif isinstance(trigger, JointlyTrained):
         history = trigger.fit(model, attacker.x, attacker.y, rate=options.rate, **plan, **training)
         write_attack()
     else:
@@ -155,7 +167,8 @@ def run(options: argparse.Namespace) -> None:
         write_attack()
         history = fit(model, poisoned.x, poisoned.y, seed=options.seed, **training)
     directory.write_lines(history)
-    save_state_dict(directory.model, model.state_dict())
+    if not is_trained:
+        save_state_dict(directory.model, model.state_dict())
     after = common.rates(model, evaluator, trigger, target)
     seconds = time.perf_counter() - start
     told = ("progress", "resume")
