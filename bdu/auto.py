@@ -45,6 +45,7 @@ from bdu.defenses import bi_bau, fst, ulrl
 from bdu.defenses.classwise import NEXT, Found, Search, called_right, invert_every_class, judge
 from bdu.defenses.course import (
     COMPLETED,
+    USUAL_SPREAD,
     Course,
     Running,
     Shared,
@@ -53,6 +54,7 @@ from bdu.defenses.course import (
     share_called,
     standard_error,
 )
+from bdu.defenses.feature_shift import LEAST_KEPT, alphas
 from bdu.defenses.protocol import DefenderData, Result
 
 NAME = "auto"
@@ -63,13 +65,15 @@ CANDIDATES: dict[str, tuple[Callable[..., Result], str, dict[str, Any]]] = {
 }
 """Name → its run, what its epochs are called, and other settings; the first is the reference."""
 _BATCH = 128  # of the candidates
-_LEAST_KEPT = 0.7  # of clean accuracy, by a reference
 _LEAST_FOOLED = 0.25  # of the images, by what is to be called a trigger
 _LEAST_SPREAD = 0.25  # of e_t, where classes are few or happen to be alike
+_BLIND = (
+    "cannot tell whether there is a backdoor, and left the model as it is: fine-tuned with a fresh "
+    f"last layer it keeps less than {LEAST_KEPT:g} of its clean accuracy, so there is nothing to "
+    "compare it with; more clean samples may help"
+)
 Tried = Mapping[str, Mapping[str, Tensor]]  # name → weights
-# Of a candidate's learning rate, the next where accuracy collapsed, or of the first one fell by
-# much: large logits want a small one.
-_LR_SHARES = (1.0, 0.1, 0.01)
+_LR_SHARES = (1.0, 0.1, 0.01)  # the next where accuracy collapsed
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,7 @@ class Settings(Shared):
     inversion_steps: int = 200
     threshold: float = 3.0
     accuracy_margin: float = 0.01
+    logit_spread: float | None = USUAL_SPREAD
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -106,7 +111,11 @@ def run(model: nn.Module, data: DefenderData, **options: Any) -> Result:
     tried: dict[str, dict[str, Tensor]] = course.once("tried", dict)
     for number in course.stage("try", len(names), guarded_from=None):
         reference = _with(course.before, tried[names[0]]) if number else None
-        cleaned = _candidate(names[number], model, data, s, running, reference)
+        suspect = _with(model, course.before.state_dict())
+        cleaned = _candidate(names[number], suspect, data, s, running, reference)
+        if cleaned is None:
+            course.end_stage()
+            continue
         tried[names[number]] = dict(cleaned.state_dict())
         course.student.load_state_dict(cleaned.state_dict())
         anomaly = float(_anomalies(course, s, tried).max())
@@ -114,8 +123,11 @@ def run(model: nn.Module, data: DefenderData, **options: Any) -> Result:
         course.note(anomaly=anomaly, deficit=deficit)
         if max(anomaly, deficit) < s.threshold:
             course.end_stage()
-    if names[0] not in tried:  # the suspect model's outputs are no numbers
-        return course.result()
+    if names[0] not in tried:
+        result = course.result()
+        if result.stopped == COMPLETED:  # else the suspect model's outputs are no numbers
+            return replace(result, stopped=_BLIND)
+        return result
     anomalies, deficits = _anomalies(course, s, tried), _deficits(course, s, tried)
     suspicious = (anomalies >= s.threshold) | (deficits >= s.threshold)
     if suspicious.any():
@@ -139,25 +151,28 @@ def _candidate(
     s: Settings,
     running: Running,
     reference: nn.Module | None = None,
-) -> nn.Module:
+) -> nn.Module | None:
     method, epochs, own = CANDIDATES[name]
     if name == "bi-bau":
         own = {"reference": reference, "inversion_steps": s.inversion_steps, **own}
     batches = math.ceil(len(data.clean) / _BATCH)
     own = {epochs: max(20, math.ceil(s.steps / batches)), "batch_size": _BATCH, **own}
     shared = {field.name: getattr(s, field.name) for field in fields(Shared)}
-    for lr_share in _LR_SHARES:
-        own["lr"] = lr_share * CANDIDATES[name][2]["lr"]
-        result = method(model, data, seed=running.seed, progress=running.progress, **shared, **own)
-        if result.stopped == COMPLETED and (reference is not None or _usable(result, data)):
-            break
-    return result.model
-
-
-def _usable(result: Result, data: DefenderData) -> bool:
-    """Whether what comes first is good enough to be a reference."""
-    before = result.history[0]["validation_clean_accuracy"]
-    return share_called(result.model, data.clean_validation) >= _LEAST_KEPT * before
+    own = {**shared, **own, "logit_spread": None}  # this model's are scaled already
+    changes: list[dict[str, float]]
+    if reference is None:  # this is to be one
+        changes = [{"alpha": alpha} for alpha in alphas()]
+        least = LEAST_KEPT * share_called(model, data.clean_validation)
+    else:
+        changes, least = [{"lr": share * own["lr"]} for share in _LR_SHARES], 0.0
+    for change in changes:
+        result = method(
+            model, data, seed=running.seed, progress=running.progress, **{**own, **change}
+        )
+        kept = share_called(result.model, data.clean_validation)
+        if result.stopped == COMPLETED and kept >= least:
+            return result.model
+    return None if reference is None else result.model
 
 
 def _with(model: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:

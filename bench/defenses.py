@@ -75,6 +75,7 @@ KEPT = ("model.safetensors", "attack.json", "trigger.safetensors")
 CLASSES = {"cifar10": 10, "gtsrb": 43}
 EPOCHS = {"cifar10": 10, "gtsrb": 12}
 LONGER = 30  # for what these networks do not learn in as few
+STRONGER = 0.35  # three times FTrojan's magnitude, which was not learnt in 30 epochs (ASR 3.3 %)
 CONTROL_SEED, SURROGATE_SEED = 0, 100
 RETUNE_POISONED = 5
 ATTACKED = 2000  # of the evaluator's images, for ASR after attacks on the removal
@@ -109,7 +110,7 @@ class Case:
     rate: float = 0.1
     seed: int = 0
     target: Target = 0
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
     epochs: int | None = None
 
     @property
@@ -140,7 +141,7 @@ def cases() -> list[Case]:
         Case("cifar10", "trojannn"),
         Case("cifar10", "bpp"),
         Case("cifar10", "low-frequency"),
-        Case("cifar10", "ftrojan", epochs=LONGER),
+        Case("cifar10", "ftrojan", options={"magnitude": STRONGER}),
         Case("cifar10", "input-aware"),
         Case("cifar10", "adaptive-blend", 0.05),
         Case("cifar10", "badnets", target="all-to-all", epochs=LONGER),

@@ -196,21 +196,44 @@ def test_bi_bau_inverts_against_the_first_candidate(planted, monkeypatch):
         assert torch.equal(value, planted.model.state_dict()[name])
 
 
-@pytest.mark.parametrize("collapsed", [True, False])
-def test_a_candidate_that_collapses_is_run_again_more_gently(planted, monkeypatch, collapsed):
-    rates = []
+def candidate_run(planted, monkeypatch, name, works_from, stopped="ran all its steps", **more):
+    """What a candidate returned, and what it was run with until its `works_from`-th call."""
+    calls = []
     ruined = build("smallcnn", num_classes=10, in_channels=1, seed=3).eval()
 
-    def method(model, data, *, lr, **more):
-        rates.append(lr)
+    def method(model, data, **options):
+        calls.append(options)
         before = [{"validation_clean_accuracy": 1.0}]
-        if lr < 0.05:
+        if len(calls) == works_from:
             return Result(model, before, "x", {}, "ran all its steps")
-        stopped = "stopped at step 4: clean accuracy fell" if collapsed else "ran all its steps"
         return Result(ruined, before, "x", {}, stopped)
 
-    monkeypatch.setitem(auto.CANDIDATES, "fst", (method, "epochs", {"lr": 1.0}))
+    monkeypatch.setitem(auto.CANDIDATES, name, (method, "epochs", {"lr": 1.0}))
     data = DefenderData.split(planted.clean, None, seed=0, device=torch.device("cpu"))
     running = Running(0, progress=False)
-    assert auto._candidate("fst", planted.model, data, auto.Settings(), running) is planted.model
-    assert rates == [1.0, 0.1, 0.01]
+    return auto._candidate(name, planted.model, data, auto.Settings(), running, **more), calls
+
+
+@pytest.mark.parametrize("stopped", ["stopped at step 4: collapsed", "ran all its steps"])
+def test_reference_that_loses_much_accuracy_is_pushed_less(planted, monkeypatch, stopped):
+    cleaned, calls = candidate_run(planted, monkeypatch, "fst", 3, stopped)
+    assert cleaned is planted.model
+    assert [call["alpha"] for call in calls] == pytest.approx([0.1, 0.03, 0.01])
+
+
+def test_candidate_that_collapses_is_run_again_more_gently(planted, monkeypatch):
+    stopped = "stopped at step 4: clean accuracy fell"
+    reference = planted.model
+    cleaned, calls = candidate_run(planted, monkeypatch, "ulrl", 2, stopped, reference=reference)
+    assert cleaned is planted.model
+    assert [call["lr"] for call in calls] == pytest.approx([1.0, 0.1])
+
+
+def test_without_a_usable_reference_auto_does_not_call_the_model_clean(planted, monkeypatch):
+    cleaned, calls = candidate_run(planted, monkeypatch, "fst", None)
+    assert cleaned is None
+    assert len(calls) == 3
+    result = planted.unlearn()
+    assert result.stopped.startswith("cannot tell")
+    for name, value in result.model.state_dict().items():
+        assert torch.equal(value, planted.model.state_dict()[name])

@@ -17,7 +17,15 @@ from bdu.attacks.trigger import triggered_like
 from bdu.cli.demo import digits
 from bdu.data import as_unit_float, split_indices
 from bdu.defenses import bi_bau, finetuning, fst, i_bau, inversion, pam, sau, tbar, tsbd, ulrl
-from bdu.defenses.course import Course, Distilled, Running, Shared, check_numbers, read_options
+from bdu.defenses.course import (
+    Course,
+    Distilled,
+    Running,
+    Shared,
+    check_numbers,
+    logit_spread,
+    read_options,
+)
 from bdu.defenses.head import deviations, head_of, row_changes
 from bdu.defenses.inversion import Inversion, Inverted, TriggerOperator, invert_trigger
 from bdu.defenses.protocol import DefenderData, Samples
@@ -186,6 +194,43 @@ def test_a_collapse_ends_the_run_with_the_best_weights_seen(planted):
     assert rates["clean_accuracy"] > 0.9
 
 
+def larger_logits(model, factor):
+    """A copy whose logits are so many times as large."""
+    copied = copy.deepcopy(model)
+    head = copied.get_submodule(head_of(model, torch.zeros(1, 1, 8, 8)))
+    with torch.no_grad():
+        head.weight.mul_(factor)
+        head.bias.mul_(factor)
+    return copied
+
+
+@pytest.mark.parametrize("method", ["fine-tuning", "fst", "ulrl", "bi-bau", "auto"])
+def test_large_logits_are_brought_to_the_spread_asked_for_and_back(planted, method):
+    own = {"bi-bau": {"reference_epochs": 40, "rounds": 1}, "auto": {"inversion_steps": 8}}
+    given = {**TINY.get(method, {}), **own.get(method, {})}
+    given["logit_spread"] = 1.5 * logit_spread(planted.model, planted.data().clean)
+    usual, large = (
+        unlearn(model, method=method, clean=planted.clean, seed=0, progress=False, **given).model
+        for model in (planted.model, larger_logits(planted.model, 16.0))
+    )
+    # factors of two change no digit, so neither does any step in between
+    assert not differing(larger_logits(usual, 16.0).state_dict(), large.state_dict())
+
+
+def test_logits_are_scaled_by_a_power_of_two_to_at_most_the_spread(planted):
+    data = planted.data()
+    spread = logit_spread(planted.model, data.clean)
+    suspect = copy.deepcopy(planted.model).eval()
+    for share, factor in ((1.01, 1.0), (0.99, 0.5), (0.3, 0.25)):
+        settings = Shared(logit_spread=share * spread)
+        course = Course("x", planted.model, data, settings, Running(0, progress=False))
+        images = as_unit_float(data.clean.x)
+        for model in (course.before, course.student):
+            torch.testing.assert_close(model(images), factor * suspect(images))
+        result = course.result().model
+        assert not differing(result.state_dict(), planted.model.state_dict())
+
+
 def test_a_gradient_that_is_not_finite_ends_the_run(planted):
     images = planted.clean[0]
     model = copy.deepcopy(planted.model)
@@ -271,6 +316,7 @@ def test_what_was_made_once_is_not_made_again(planted):
         ({"lr": math.nan}, "lr: expected a number > 0, got nan"),
         ({"momentum": -1.0}, "momentum: expected a number >= 0, got -1.0"),
         ({"clean_accuracy_floor": 2.0}, "clean_accuracy_floor: expected a share in"),
+        ({"logit_spread": 0.0}, "logit_spread: expected a number > 0, got 0.0"),
         ({"speed": 3}, "speed: expected one of "),
     ],
 )

@@ -8,7 +8,8 @@
         M2:     descend CE(f(x), y) + CE(f(x̃), y)
 
 Ours is the reference, off unless `reference_epochs` says otherwise: a copy of the suspect model,
-fine-tuned by FST (fst.py), which gives the backdoor up and accuracy with it. Then φ and π are those
+fine-tuned by FST (fst.py) as hard as leaves it 0.7 of its clean accuracy, which gives the backdoor
+up. Then φ and π are those
 of classwise.py, operators for every class that turn the suspect model and leave the copy right,
 drawn by how well they do so; x̃ is kept where the suspect model is wrong about it.
 
@@ -20,10 +21,10 @@ here, and every number, is our reading. Threat model: white box, 5 % clean data,
 target known.
 
 Cost of a round: `inversion_steps` forwards and input backwards of two models over 64 images, of the
-suspect model alone in the first; then over every batch, `inner_steps`
-forwards and input backwards and two forwards of the suspect model, two forwards and a backward of
-the student. The reference costs `reference_epochs` forwards and backwards over the clean samples,
-and inversion against it what classwise.py says.
+suspect model alone in the first; then over every batch, `inner_steps` forwards and input backwards
+and two forwards of the suspect model, two forwards and a backward of the student. The reference
+costs `reference_epochs` forwards and backwards over the clean samples, up to three times, and
+inversion against it what classwise.py says.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from torch.nn import functional
 from bdu.data import as_unit_float
 from bdu.defenses.classwise import Found, Search, invert_every_class
 from bdu.defenses.course import (
+    USUAL_SPREAD,
     Course,
     Distilled,
     check_numbers,
@@ -48,7 +50,7 @@ from bdu.defenses.course import (
     read_options,
     share_called,
 )
-from bdu.defenses.feature_shift import shift_features
+from bdu.defenses.feature_shift import LEAST_KEPT, alphas, shift_features
 from bdu.defenses.inversion import Inversion, Inverted, invert_trigger
 from bdu.defenses.protocol import DefenderData, Result
 
@@ -60,6 +62,7 @@ AGAINST_A_REFERENCE = {
     "inner_steps": 0,
     "distillation": 0.9,
     "train_batch_norm": True,
+    "logit_spread": USUAL_SPREAD,
 }
 """Settings of ours for a run with a reference, beside its epochs."""
 
@@ -155,24 +158,28 @@ def run(
 
 
 def _reference(course: Course, s: Settings) -> nn.Module | None:
-    shift_features(
-        course,
-        "reference",
-        s.reference_epochs,
-        anneal=True,
-        batch_size=s.batch_size,
-        distillation=0.0,
-        guarded=False,
-    )
-    weights = course.once(
-        "reference", lambda: {n: v.clone() for n, v in course.student.state_dict().items()}
-    )
-    reference = copy.deepcopy(course.before)
-    reference.load_state_dict(weights)
+    def make() -> dict[str, Any]:
+        return {name: value.clone() for name, value in course.student.state_dict().items()}
+
     validation = course.data.clean_validation
-    before, after = (share_called(model, validation) for model in (course.before, reference))
-    if after >= s.clean_accuracy_floor * before:
-        return reference
+    before = share_called(course.before, validation)
+    reference = copy.deepcopy(course.before)
+    for alpha in alphas():
+        stage = f"reference {alpha:g}"
+        shift_features(
+            course,
+            stage,
+            s.reference_epochs,
+            alpha=alpha,
+            anneal=True,
+            batch_size=s.batch_size,
+            distillation=0.0,
+            guarded=False,
+        )
+        reference.load_state_dict(course.once(stage, make))
+        after = share_called(reference, validation)
+        if after >= LEAST_KEPT * before:
+            return reference
     warnings.warn(
         f"bi-bau: inverting without a reference, whose clean accuracy is {after:.3f} after "
         f"{s.reference_epochs} epochs, before {before:.3f}; more reference_epochs may help",

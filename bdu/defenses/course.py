@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from bdu.checkpoint import load_state, save_state
 from bdu.data import as_unit_float, augment
+from bdu.defenses.head import head_of
 from bdu.defenses.inversion import invert_trigger
 from bdu.defenses.protocol import Callback, DefenderData, Line, Result, Samples, summary, tell
 from bdu.fisher import contrastive, fisher_diagonal, scale_to_unit_mean, target_log_odds
@@ -30,7 +31,10 @@ from bdu.metrics import predict
 from bdu.optim import EWCSGD, EWCAdamW
 
 COMPLETED = "ran all its steps"
+USUAL_SPREAD = 3.5
+"""`logit_spread` of our settings; the models that those were chosen on have about 3."""
 _TEMPERATURE = 2.0  # of distillation
+_SPREAD_SAMPLES = 512
 
 Kept = TypeVar("Kept")
 Rows = Mapping[str, Tensor]
@@ -53,6 +57,11 @@ class Shared:
             often, within a standard error.
         clean_accuracy_floor: stop when clean accuracy on the validation split falls below this
             share of what it was at the start.
+        logit_spread: the logits' standard deviation over the classes at most, as a mean over clean
+            images. Where it is more, the last layer is scaled while the method runs, by a power of
+            two, and back at the end: learning rates and penalties that fit one model then fit
+            one that was trained until its logits were large. Ours; None, as they come, is as
+            published.
     """
 
     anchored: bool = False
@@ -62,10 +71,13 @@ class Shared:
     augment: bool = True
     mirror: bool | None = None
     clean_accuracy_floor: float = 0.5
+    logit_spread: float | None = None
 
     def __post_init__(self) -> None:
         check_numbers(self, counts=("fisher_samples",), shares=("clean_accuracy_floor",))
         check_numbers(self, at_least_zero=("ewc_lambda", "gamma"))
+        if self.logit_spread is not None:
+            check_numbers(self, positive=("logit_spread",))
 
 
 @dataclass(frozen=True)
@@ -156,8 +168,8 @@ class Course:
         running: how it was called.
 
     Attributes:
-        before: the suspect model, frozen, in evaluation mode.
-        student: the copy that is cleaned.
+        before: the suspect model, frozen, in evaluation mode, scaled as `logit_spread` says.
+        student: the copy that is cleaned, scaled alike until it is the result.
         generator: of all draws.
         steps: steps of optimizers so far.
 
@@ -170,6 +182,14 @@ class Course:
     ) -> None:
         self.before = copy.deepcopy(model).eval().requires_grad_(False)
         self.student = copy.deepcopy(model).eval()
+        self._logit_scale = 1.0
+        if settings.logit_spread is not None:
+            spread = logit_spread(self.before, data.clean)
+            if settings.logit_spread < spread < math.inf:  # NaN is not
+                # a power of two, so that what is left alone comes back bit for bit
+                self._logit_scale = 2.0 ** math.floor(math.log2(settings.logit_spread / spread))
+                for copied in (self.before, self.student):
+                    scale_logits(copied, data.clean, self._logit_scale)
         self.data, self.settings, self._method, self._running = data, settings, method, running
         self._callbacks, self.seed = list(running.callbacks), running.seed
         self.generator = torch.Generator().manual_seed(running.seed)
@@ -368,6 +388,8 @@ class Course:
         settings = asdict(self.settings)
         for parameter in self.student.parameters():
             parameter.grad = None
+        if self._logit_scale != 1:
+            scale_logits(self.student, self.data.clean, 1 / self._logit_scale)
         return Result(self.student.eval(), self._history, self._method, settings, stopped)
 
     # What it takes.
@@ -510,6 +532,20 @@ def knows_mirrored(model: nn.Module, samples: Samples) -> bool:
     plain = share_called(model, samples)
     mirrored = share_called(model, replace(samples, x=samples.x.flip(-1)))
     return mirrored >= plain - standard_error(plain, len(samples))
+
+
+def logit_spread(model: nn.Module, samples: Samples) -> float:
+    """The logits' standard deviation over the classes, a mean over samples."""
+    first = samples.at(torch.arange(min(_SPREAD_SAMPLES, len(samples))))
+    return float(predict(model, first.x).float().std(1).mean())
+
+
+def scale_logits(model: nn.Module, samples: Samples, factor: float) -> None:
+    """Multiply the last layer's weight and bias."""
+    head = model.get_submodule(head_of(model, as_unit_float(samples.x[:1])))
+    with torch.no_grad():
+        for parameter in head.parameters(recurse=False):
+            parameter.mul_(factor)
 
 
 def standard_error(share: float, samples: int) -> float:

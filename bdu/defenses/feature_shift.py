@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from bdu.data import as_unit_float
 from bdu.defenses.course import Course, cosine
 from bdu.defenses.head import head_of
+
+ALPHA = 0.1
+"""As published."""
+LEAST_KEPT = 0.7
+"""Of clean accuracy, by a reference."""
+
+
+def alphas() -> Iterator[float]:
+    """How hard to push for a reference: less where clean accuracy does not stand more."""
+    return (share * ALPHA for share in (1.0, 0.3, 0.1))
 
 
 def shift_features(
@@ -17,13 +29,13 @@ def shift_features(
     lr: float = 1e-2,
     momentum: float = 0.9,
     weight_decay: float = 0.0,
-    alpha: float = 0.1,
+    alpha: float = ALPHA,
     anneal: bool,
     batch_size: int,
     distillation: float,
     guarded: bool = True,
 ) -> None:
-    """Give the student a fresh last layer and descend the loss of FST, from where it is.
+    """Make the student the suspect model with a fresh last layer, and descend the loss of FST.
 
     Args:
         course: whose student, clean samples and draws.
@@ -40,6 +52,7 @@ def shift_features(
     def begin() -> None:
         # as torch initialises a layer, but from the run's own generator
         bound = before[0].numel() ** -0.5
+        course.student.load_state_dict(course.before.state_dict())
         fresh = torch.rand(before.shape, generator=course.generator) * 2 * bound - bound
         with torch.no_grad():
             weight.copy_(fresh)

@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 
 from bdu.defenses.course import Course, Distilled, check_numbers, read_options
-from bdu.defenses.feature_shift import shift_features
+from bdu.defenses.feature_shift import ALPHA, shift_features
 from bdu.defenses.protocol import DefenderData, Result
 
 NAME = "fst"
@@ -40,7 +40,7 @@ class Settings(Distilled):
     lr: float = 1e-2
     momentum: float = 0.9
     weight_decay: float = 0.0
-    alpha: float = 0.1
+    alpha: float = ALPHA
     anneal: bool = False
     batch_size: int = 128
 

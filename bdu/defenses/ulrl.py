@@ -32,14 +32,27 @@ from torch.nn import functional
 
 from bdu.data import as_unit_float
 from bdu.defenses.ascent import ascend
-from bdu.defenses.course import Course, Distilled, check_numbers, cosine, read_options
+from bdu.defenses.course import (
+    USUAL_SPREAD,
+    Course,
+    Distilled,
+    check_numbers,
+    cosine,
+    read_options,
+)
 from bdu.defenses.head import deviations, head_of, row_changes
 from bdu.defenses.protocol import DefenderData, Result
 
 NAME = "ulrl"
 Neurons = Literal["last", "all"]
 
-WITH_LENGTH_KEPT = {"keep_length": True, "alpha": 1.0, "distillation": 0.9, "least": 1}
+WITH_LENGTH_KEPT = {
+    "keep_length": True,
+    "alpha": 1.0,
+    "distillation": 0.9,
+    "least": 1,
+    "logit_spread": USUAL_SPREAD,
+}
 """Settings of ours, beside the epochs."""
 
 
