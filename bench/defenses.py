@@ -110,7 +110,7 @@ class Case:
     rate: float = 0.1
     seed: int = 0
     target: Target = 0
-    options: dict[str, Any] = field(default_factory=dict, hash=False)
+    options: dict[str, Any] = field(default_factory=dict)
     epochs: int | None = None
 
     @property
