@@ -3,8 +3,8 @@
     r ← FST                                               the first candidate, and the reference
     φ_t ← what turns f_bd and leaves r right              for every class t, see classwise.py
     anomaly(t) = (e_t − median) / (1.4826 MAD) over all classes,  e_t = log J(φ_t) / size(φ_t)
-    deficit(c) = (n_r − n_f) / √(n_r + n_f),  n: images of class c that this one of r and f_bd
-    alone calls right
+    deficit(c) = (m_c − 2 w_c) / √(m_c + 4 w_c),  m_c: clean images of class c that f_bd misses,
+    w_c: others that it calls c
     all anomalies and deficits < `threshold`: f_bd looks clean and is returned as it is
     else of the candidates that at least halve the residue = max over the suspicious t of the share
     of images that φ_t turns, and whose clean accuracy is within `accuracy_margin` of the best such,
@@ -16,10 +16,12 @@ copy with a new last layer, too: natural weaknesses are in the data and transfer
 the weights and does not. And they are about as large for every class. So the suspect model is
 compared with its own cleaned copy and a class with the other classes, and no size or rate has to
 be known beforehand; with two or three classes there is little to compare. Attacks that leave labels
-as they are may have triggers too large to stand out, but a class that was learnt by its trigger is
-missed where there is none, and a short fine-tuning brings it back: hence the deficit, McNemar's
-statistic. Its φ_t are suspicious then, whatever they do. The candidate that learns from inverted
-triggers inverts its own, with other draws than those that judge it.
+as they are may have triggers too large to stand out, but their class was learnt by its trigger: it
+is missed where there is none, and nothing else is called by its name, while classes that are hard
+in themselves are missed about as often as others are taken for them. Hence the deficit, by how many
+standard errors m_c exceeds 2 w_c; its φ_t are suspicious then, whatever they do. A class that was
+rare in training is missed like that, too. The candidate that learns from inverted triggers inverts
+its own, with other draws than those that judge it.
 
 Ours; that a backdoor's class needs an unusually small change, and the index that says how unusual,
 is Neural Cleanse (Wang et al. 2019), that the line back tells shallow cleaning from deep is PAM
@@ -40,9 +42,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bdu.data import as_unit_float
 from bdu.defenses import bi_bau, fst, ulrl
-from bdu.defenses.classwise import NEXT, Found, Search, called_right, invert_every_class, judge
+from bdu.defenses.classwise import NEXT, Found, Search, invert_every_class, judge
 from bdu.defenses.course import (
     COMPLETED,
     USUAL_SPREAD,
@@ -56,6 +57,7 @@ from bdu.defenses.course import (
 )
 from bdu.defenses.feature_shift import LEAST_KEPT, alphas
 from bdu.defenses.protocol import DefenderData, Result
+from bdu.metrics import predict
 
 NAME = "auto"
 CANDIDATES: dict[str, tuple[Callable[..., Result], str, dict[str, Any]]] = {
@@ -67,6 +69,7 @@ CANDIDATES: dict[str, tuple[Callable[..., Result], str, dict[str, Any]]] = {
 _BATCH = 128  # of the candidates
 _LEAST_FOOLED = 0.25  # of the images, by what is to be called a trigger
 _LEAST_SPREAD = 0.25  # of e_t, where classes are few or happen to be alike
+_USUAL_RATIO = 2  # of the images of a class that are missed to those wrongly called it, at most
 _BLIND = (
     "cannot tell whether there is a backdoor, and left the model as it is: fine-tuned with a fresh "
     f"last layer it keeps less than {LEAST_KEPT:g} of its clean accuracy, so there is nothing to "
@@ -119,7 +122,8 @@ def run(model: nn.Module, data: DefenderData, **options: Any) -> Result:
         tried[names[number]] = dict(cleaned.state_dict())
         course.student.load_state_dict(cleaned.state_dict())
         anomaly = float(_anomalies(course, s, tried).max())
-        deficit = float(_deficits(course, s, tried).max())
+        targets = _operators(course, s, tried).targets
+        deficit = float(_deficits(course, targets).max())
         course.note(anomaly=anomaly, deficit=deficit)
         if max(anomaly, deficit) < s.threshold:
             course.end_stage()
@@ -128,7 +132,8 @@ def run(model: nn.Module, data: DefenderData, **options: Any) -> Result:
         if result.stopped == COMPLETED:  # else the suspect model's outputs are no numbers
             return replace(result, stopped=_BLIND)
         return result
-    anomalies, deficits = _anomalies(course, s, tried), _deficits(course, s, tried)
+    anomalies = _anomalies(course, s, tried)
+    deficits = _deficits(course, _operators(course, s, tried).targets)
     suspicious = (anomalies >= s.threshold) | (deficits >= s.threshold)
     if suspicious.any():
         chosen, reason = _chosen(course, s, tried, suspicious)
@@ -198,18 +203,22 @@ def _anomalies(course: Course, s: Settings, tried: Tried) -> Tensor:
     return anomalies
 
 
-def _deficits(course: Course, s: Settings, tried: Tried) -> Tensor:
-    """Of every target's class on held-out images, (targets,); 0 for `NEXT`."""
-    samples, reference = course.data.clean_validation, _with(course.before, _first(tried))
-    suspect_right, reference_right = (
-        called_right(model, as_unit_float(samples.x), samples.y)
-        for model in (course.before, reference)
-    )
-    targets = _operators(course, s, tried).targets
-    own = samples.y == targets[:, None]
-    lost = (own & suspect_right & ~reference_right).sum(1)
-    gained = (own & reference_right & ~suspect_right).sum(1)
-    return (gained - lost) / (gained + lost).clamp(min=1).sqrt()
+def _deficits(course: Course, targets: Tensor) -> Tensor:
+    """Of every target's class on all clean images, (targets,); 0 for `NEXT`."""
+
+    def make() -> Tensor:
+        parts = (course.data.clean, course.data.clean_validation)
+        y = torch.cat([part.y for part in parts])
+        called = torch.cat(
+            [predict(course.before, part.x).argmax(1).to(y.device) for part in parts]
+        )
+        of_class, as_class = y == targets[:, None], called == targets[:, None]
+        missed, wrongly = (of_class & ~as_class).sum(1), (as_class & ~of_class).sum(1)
+        excess = missed - _USUAL_RATIO * wrongly
+        return excess / (missed + _USUAL_RATIO**2 * wrongly).clamp(min=1).sqrt()
+
+    deficits: Tensor = course.once("deficits", make)
+    return deficits
 
 
 def _operators(course: Course, s: Settings, tried: Tried) -> Found:

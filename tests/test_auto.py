@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ from bdu import auto, metrics
 from bdu.attacks import make_attack, poison
 from bdu.cli.demo import digits
 from bdu.data import split_indices
-from bdu.defenses.classwise import NEXT, called_right
+from bdu.defenses.classwise import NEXT
 from bdu.defenses.course import Course, Running
 from bdu.defenses.protocol import DefenderData, Result
 from bdu.models import build
@@ -116,10 +117,6 @@ class Judge:
         s = replace(self.settings, **settings)
         return auto._chosen(self.course, s, weights, self.anomalies >= s.threshold)
 
-    def deficits(self, reference):
-        tried = {"fst": reference.state_dict()}
-        return auto._deficits(self.course, self.settings, tried)
-
 
 @pytest.fixture(scope="module")
 def judge(planted, cleaned):
@@ -131,21 +128,36 @@ def test_the_target_stands_out(judge):
     assert judge.anomalies[:, TARGET].max() >= judge.settings.threshold
 
 
-def test_a_class_that_only_the_copy_calls_is_a_deficit(planted, judge):
-    y = judge.course.data.clean_validation.y
-    right = called_right(planted.model, judge.course.data.clean_validation.x, y)
-    blind = build("smallcnn", num_classes=10, in_channels=1, seed=0).eval()
-    blind.load_state_dict(planted.model.state_dict())
+def test_a_class_that_is_missed_and_never_called_is_a_deficit(planted, judge):
+    blind = copy.deepcopy(planted.model)
     with torch.no_grad():
-        list(blind.parameters())[-1][3] -= 1e3  # its bias: class 3 is never called
-    count = int((right & (y == 3)).sum())
-    before, judge.course.before = judge.course.before, blind
-    deficits = judge.deficits(planted.model)
-    judge.course.before = before
-    assert float(deficits[3]) == pytest.approx(count**0.5)
-    assert float(judge.deficits(blind)[3]) == pytest.approx(-(count**0.5))
-    assert float(judge.deficits(planted.model).abs().max()) == 0
+        list(blind.parameters())[-1][3] -= 1e3  # its bias
+    course = Course("auto", blind, judge.course.data, judge.settings, Running(0, progress=False))
+    deficits = auto._deficits(course, judge.found.targets)
+    of_class = sum(
+        int((part.y == 3).sum()) for part in (course.data.clean, course.data.clean_validation)
+    )
+    assert float(deficits[3]) == pytest.approx(of_class**0.5)
     assert float(deficits[judge.found.targets == NEXT].abs().max()) == 0
+
+
+def test_a_class_that_is_taken_for_another_as_often_as_it_is_missed_is_none(judge, monkeypatch):
+    data = judge.course.data
+    called = {id(part.x): part.y.clone() for part in (data.clean, data.clean_validation)}
+    missed, wrongly = 6, 4
+    labels = called[id(data.clean.x)]
+    labels[torch.nonzero(data.clean.y == 3)[:missed, 0]] = 5
+    labels[torch.nonzero(data.clean.y == 7)[:wrongly, 0]] = 3
+    course = Course("auto", judge.course.before, data, judge.settings, Running(0, progress=False))
+    monkeypatch.setattr(
+        auto, "predict", lambda model, x: torch.nn.functional.one_hot(called[id(x)], 10).float()
+    )
+    deficits = auto._deficits(course, judge.found.targets)
+    assert float(deficits[3]) == pytest.approx(
+        (missed - 2 * wrongly) / (missed + 4 * wrongly) ** 0.5
+    )
+    assert float(deficits[5]) == pytest.approx(-2 * missed / (4 * missed) ** 0.5)
+    assert float(deficits[7]) == pytest.approx(wrongly**0.5)
 
 
 def test_the_least_residue_wins_among_those_that_kept_their_accuracy(planted, cleaned, judge):
