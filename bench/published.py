@@ -133,7 +133,7 @@ def clean(case: Published, options: argparse.Namespace, method: str, seed: int) 
         if bdu([str(a) for a in arguments]) != 0:
             raise SystemExit(f"bdu {' '.join(map(str, arguments))} failed")
     metrics = json.loads((out / "metrics.json").read_text())
-    return {"case": case.name, "method": method, "seed": seed, **metrics}
+    return {**metrics, "case": case.name, "method": method, "seed": seed}
 
 
 COLUMNS = ("clean_accuracy", "attack_success_rate", "false_target_rate", "robust_accuracy")
