@@ -28,16 +28,14 @@ from __future__ import annotations
 import argparse
 import copy
 import hashlib
-import io
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date
@@ -46,6 +44,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from defenses_table import draw, text_of
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -482,120 +481,6 @@ def write_row(file: Path, row: dict[str, Any]) -> None:
     atomic_write(file, json.dumps(row) + "\n")
 
 
-COLUMNS = (
-    ("clean accuracy", lambda row: row["after"]["clean_accuracy"]),
-    ("ASR", lambda row: row["after"]["attack_success_rate"]),
-    ("false-target rate", lambda row: row["after"]["false_target_rate"]),
-    ("robust accuracy", lambda row: row["after"]["robust_accuracy"]),
-    ("DER", lambda row: row.get("der")),
-    ("ASR retuned", lambda row: row.get("retuned")),
-    ("ASR reactivated", lambda row: row.get("reactivated")),
-    ("ASR half-way", lambda row: row["path"][2] if "path" in row else None),
-)
-
-
-def cell_text(values: Iterable[float | None]) -> str:
-    """Mean, and spread where there are several."""
-    known = [100 * value for value in values if value is not None]
-    if not known:
-        return "–"
-    spread = f" ± {statistics.stdev(known):.1f}" if len(known) > 1 else ""
-    return f"{statistics.mean(known):.1f}{spread}"
-
-
-def text_of(rows: list[dict[str, Any]], missing: list[str]) -> str:
-    """The table as Markdown."""
-    lines = [
-        f"Percent; mean ± standard deviation over the seeds counted; {MODELS['cifar10']} and "
-        f"{MODELS['gtsrb']}; commit {commit()}; {date.today().isoformat()}; "
-        f"torch {versions()['torch']}. Columns: see bench/defenses.py.",
-        "",
-        "| case | defence | seeds | " + " | ".join(name for name, _ in COLUMNS) + " | seconds |",
-        "|---|---|---:|" + "---:|" * (len(COLUMNS) + 1),
-    ]
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault((row["case"], name(row)), []).append(row)
-    for (case, defense), group in groups.items():
-        cells = [cell_text(column(row) for row in group) for _, column in COLUMNS]
-        seconds = statistics.median(row["seconds"] for row in group)
-        lines.append(
-            f"| {case} | {defense} | {len(group)} | " + " | ".join(cells) + f" | {seconds:.0f} |"
-        )
-        controls = [row["control_retuned"] for row in group if "control_retuned" in row]
-        if controls:
-            lines.append(
-                f"| {case} | never backdoored | {len(controls)} | – | – | – | – | – | "
-                f"{cell_text(controls)} | – | – | – |"
-            )
-    if missing:
-        cells = f"{len(missing)} of {len(missing) + len(rows)} cells"
-        lines += ["", f"Not run: {cells}, all that are not above."]
-    return "\n".join(lines) + "\n"
-
-
-def draw(rows: list[dict[str, Any]], file: Path) -> None:
-    """A row for each defence, a mark for each attacked model, a line at the mean."""
-    from matplotlib import pyplot
-
-    controls = {
-        (row["case"], row["case_seed"]): row["control_retuned"]
-        for row in rows
-        if "control_retuned" in row
-    }
-
-    def above_control(row: dict[str, Any]) -> float | None:
-        control = controls.get((row["case"], row["case_seed"]))
-        return None if control is None or "retuned" not in row else row["retuned"] - control
-
-    def lost(row: dict[str, Any]) -> float:
-        before, after = (float(row[when]["clean_accuracy"]) for when in ("before", "after"))
-        return before - after
-
-    panels: tuple[tuple[str, Callable[[dict[str, Any]], float | None], float], ...] = (
-        ("ASR, %", lambda row: row["after"]["attack_success_rate"], 5.0),
-        ("clean accuracy lost, points", lost, 2.0),
-        ("ASR retuned above a\nnever-backdoored model's, points", above_control, 10.0),
-    )
-    names = [name(row) for row in rows]
-    order = [n for n in dict.fromkeys(names) if n != "none"][::-1]
-    figure, axes = pyplot.subplots(
-        1, 3, figsize=(11, 1.8 + 0.4 * len(order)), sharey=True, layout="constrained"
-    )
-    for axis, (title, value, asked) in zip(axes, panels, strict=True):
-        for place, wanted in enumerate(order):
-            found = [
-                (row, 100 * x)
-                for row, own in zip(rows, names, strict=True)
-                if own == wanted and row["before"]["attack_success_rate"] is not None
-                for x in [value(row)]
-                if x is not None
-            ]
-            for data, marker, colour in (("cifar10", "o", "#0072b2"), ("gtsrb", "^", "#b34a00")):
-                points = [x for row, x in found if row["case"].startswith(data)]
-                axis.scatter(
-                    points,
-                    [place] * len(points),
-                    marker=marker,
-                    facecolors="none",
-                    edgecolors=colour,
-                    label=data if place == 0 else None,
-                )
-            if found:
-                axis.plot(
-                    [statistics.mean(x for _, x in found)] * 2, [place - 0.3, place + 0.3], "k"
-                )
-        axis.axvline(asked, linestyle=":", color="grey")
-        axis.axvline(0, color="lightgrey", linewidth=0.8, zorder=0)
-        axis.set(xlabel=title, yticks=range(len(order)), yticklabels=order)
-    marks = axes[0].get_legend_handles_labels()
-    figure.legend(*marks, loc="outside upper right", ncols=2, title="dotted: asked for")
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=110, format="png")
-    atomic_write(file, picture.getvalue())
-    pyplot.close(figure)
-
-
 def commit() -> str:
     """Of this code."""
     return subprocess.run(
@@ -605,11 +490,6 @@ def commit() -> str:
         text=True,
         check=False,
     ).stdout.strip()
-
-
-def name(row: dict[str, Any]) -> str:
-    """Of a row's defence."""
-    return str(row["defense"]) + (" + anchored" if row["anchored"] else "")
 
 
 def main() -> None:
@@ -658,7 +538,7 @@ def main() -> None:
     if options.keep_planted:
         for case in chosen:
             table.keep(case)
-    rows, missing = [], []
+    rows, missing = [], 0
     for case in chosen:
         for defense in options.defenses:
             for anchored in (False, True):
@@ -666,8 +546,12 @@ def main() -> None:
                 if file.exists():
                     rows.append(json.loads(file.read_text()))
                 elif not anchored or options.anchored:
-                    missing.append(f"{case.label} seed {case.seed} {defense}")
-    text = text_of(rows, missing)
+                    missing += 1
+    setting = (
+        f"{MODELS['cifar10']} and {MODELS['gtsrb']}; commit {commit()}; "
+        f"{date.today().isoformat()}; torch {versions()['torch']}"
+    )
+    text = text_of(rows, missing, setting)
     print(text)
     if options.json is not None:
         atomic_write(options.json, json.dumps(rows, indent=1) + "\n")
