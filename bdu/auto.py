@@ -43,7 +43,7 @@ import torch
 from torch import Tensor, nn
 
 from bdu.defenses import bi_bau, fst, ulrl
-from bdu.defenses.classwise import NEXT, Found, Search, invert_every_class, judge
+from bdu.defenses.classwise import KINDS, NEXT, Found, Search, invert_every_class, judge
 from bdu.defenses.course import (
     COMPLETED,
     USUAL_SPREAD,
@@ -68,7 +68,6 @@ CANDIDATES: dict[str, tuple[Callable[..., Result], str, dict[str, Any]]] = {
 """Name → its run, what its epochs are called, and other settings; the first is the reference."""
 _BATCH = 128  # of the candidates
 _LEAST_FOOLED = 0.25  # of the images, by what is to be called a trigger
-_LEAST_SPREAD = 0.25  # of e_t, where classes are few or happen to be alike
 _USUAL_RATIO = 2  # of the images of a class that are missed to those wrongly called it, at most
 _BLIND = (
     "cannot tell whether there is a backdoor, and left the model as it is: fine-tuned with a fresh "
@@ -196,7 +195,8 @@ def _anomalies(course: Course, s: Settings, tried: Tried) -> Tensor:
         classes = ease[:, found.targets != NEXT]
         usual = classes.nanmedian(1, keepdim=True).values
         spread = 1.4826 * (classes - usual).abs().nanmedian(1, keepdim=True).values
-        anomaly = (ease - usual) / spread.clamp(min=_LEAST_SPREAD)
+        least = [kind.least_spread for kind in KINDS.values()]
+        anomaly = (ease - usual) / spread.maximum(spread.new_tensor(least)[:, None])
         return torch.where(fooled >= _LEAST_FOOLED, anomaly, 0.0).nan_to_num(0.0)
 
     anomalies: Tensor = course.once("anomalies", make)

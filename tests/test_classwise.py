@@ -7,7 +7,16 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from bdu.defenses.classwise import KINDS, NEXT, Found, Pattern, Search, Warp, invert_every_class
+from bdu.defenses.classwise import (
+    KINDS,
+    NEXT,
+    Found,
+    Patch,
+    Pattern,
+    Search,
+    Warp,
+    invert_every_class,
+)
 from bdu.defenses.classwise import judge as judged
 from bdu.defenses.protocol import Samples
 
@@ -152,6 +161,35 @@ def test_the_models_are_left_alone_and_seeds_decide(clean):
     for kind, weights in one.items():
         for name, value in weights.items():
             assert torch.equal(value, two[kind][name]), (kind, name)
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (1, 5, 9)])
+def test_a_patch_covers_its_places_with_its_colour_and_no_others(shape):
+    x = torch.rand(4, *shape, generator=torch.Generator().manual_seed(0))
+    patch = Patch(shape, 3)
+    with torch.no_grad():
+        patch.mask.fill_(-torch.inf)
+        patch.mask[1, :, 1, 2] = torch.inf
+        patch.mask[2, :, 0] = 0.0  # half of what was there
+        patch.colour.fill_(-torch.inf)
+    moved, sizes = patch(x, torch.tensor([0, 1, 2, 1]))
+    wanted = x.clone()
+    wanted[1::2, :, 1, 2] = 0
+    wanted[2, :, 0] /= 2
+    eps = torch.finfo(torch.float32).eps
+    torch.testing.assert_close(moved, wanted, rtol=eps, atol=0)
+    height, width = shape[1:]
+    shares = torch.tensor([0, 1 / (height * width), 0.5 / height, 1 / (height * width)])
+    torch.testing.assert_close(sizes, shares, rtol=height * width * eps, atol=0)
+
+
+def test_a_patch_is_found_where_it_is(found, clean):
+    patch = found.operators["patch"]
+    kind = list(found.operators).index("patch")
+    assert found.fooled[kind, 7] > 0.9
+    assert divmod(int(patch.mask[7, 0].argmax()), 14) == (9, 9)
+    assert patch.mask[7, 0, 9, 9].sigmoid() > 0.2
+    assert found.sizes[kind, 7] < 0.05
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (1, 5, 9)])

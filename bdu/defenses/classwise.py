@@ -1,6 +1,7 @@
 """Trigger inversion for every class at once, against a copy: what fools one and not the other.
 
     pattern   φ_t(x) = x + tanh(u_t + h_t(x))     u_t: one value a pixel, h_t: three small layers
+    patch     φ_t(x) = (1 − m_t) x + m_t c_t      m_t: a share of every place, c_t: a colour there
     warp      φ_t(x) at p = x at p + s_t(p)       s_t: 8 x 8 shifts, interpolated
 
     maximise over φ:  mean_i  log f_t(φ_t(x_i)) + log r_y(φ_t(x_i)) − μ_t size(φ_t),   t ≠ y_i
@@ -63,6 +64,10 @@ class Search:
     judged_on: int = 512
 
 
+# Of an operator: lr is Adam's, penalty is μ at first; least_spread is what auto.py takes at least
+# for the spread of log(J / size) over the classes, for they may happen to be alike.
+
+
 class Pattern(nn.Module):
     """What is added: the same for every image, and by small layers what depends on the image.
 
@@ -70,6 +75,7 @@ class Pattern(nn.Module):
     """
 
     lr, penalty = 0.01, 10.0
+    least_spread = 0.25
     width = 16
 
     def __init__(self, shape: Sequence[int], targets: int) -> None:
@@ -93,10 +99,29 @@ class Pattern(nn.Module):
         return moved, (moved - x).abs().flatten(1).mean(1)
 
 
+class Patch(nn.Module):
+    """What covers a few places, the same for every image; the size is the mean of the mask."""
+
+    lr, penalty = 0.1, 10.0
+    least_spread = 0.4
+    start = -2.0  # of the mask's logits: an eighth is covered everywhere
+
+    def __init__(self, shape: Sequence[int], targets: int) -> None:
+        super().__init__()
+        self.mask = nn.Parameter(torch.full((targets, 1, *shape[1:]), self.start))
+        self.colour = nn.Parameter(0.1 * torch.randn(targets, *shape))
+
+    def forward(self, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Moved images, and the size of each mask, (N,)."""
+        mask = self.mask[rows].sigmoid()
+        return torch.lerp(x, self.colour[rows].sigmoid(), mask), mask.flatten(1).mean(1)
+
+
 class Warp(nn.Module):
     """Smooth shifts of pixels, measured in pixels."""
 
     lr, penalty = 0.05, 1.0
+    least_spread = 0.25
     points = 8
 
     def __init__(self, shape: Sequence[int], targets: int) -> None:
@@ -124,8 +149,9 @@ class Warp(nn.Module):
         return moved, lengths[rows]
 
 
-KINDS: dict[str, Callable[[Sequence[int], int], nn.Module]] = {
+KINDS: dict[str, type[Pattern] | type[Patch] | type[Warp]] = {
     "pattern": Pattern,
+    "patch": Patch,
     "warp": Warp,
 }
 
