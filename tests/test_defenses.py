@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,20 @@ from bdu.attacks.reactivation import reactivate
 from bdu.attacks.trigger import triggered_like
 from bdu.cli.demo import digits
 from bdu.data import as_unit_float, split_indices
-from bdu.defenses import bi_bau, finetuning, fst, i_bau, inversion, pam, sau, tbar, tsbd, ulrl
+from bdu.defenses import (
+    bi_bau,
+    classwise,
+    finetuning,
+    fst,
+    i_bau,
+    inversion,
+    pam,
+    sau,
+    tbar,
+    tsbd,
+    ulrl,
+)
+from bdu.defenses.classwise import Found
 from bdu.defenses.course import (
     Course,
     Distilled,
@@ -650,7 +664,7 @@ def test_the_inversion_finds_the_planted_target_and_place():
 
 def test_bi_bau_inverts_every_class_against_a_copy_that_fst_made(planted, monkeypatch):
     seen = []
-    joint, classwise = bi_bau.invert_trigger, bi_bau.invert_every_class
+    joint, every_class = bi_bau.invert_trigger, bi_bau.invert_every_class
 
     def look_joint(models, clean, **more):
         seen.append((list(models), None))
@@ -658,7 +672,7 @@ def test_bi_bau_inverts_every_class_against_a_copy_that_fst_made(planted, monkey
 
     def look_classwise(model, reference, clean, **more):
         seen.append(([model], reference))
-        return classwise(model, reference, clean, **more)
+        return every_class(model, reference, clean, **more)
 
     monkeypatch.setattr(bi_bau, "invert_trigger", look_joint)
     monkeypatch.setattr(bi_bau, "invert_every_class", look_classwise)
@@ -674,6 +688,30 @@ def test_bi_bau_inverts_every_class_against_a_copy_that_fst_made(planted, monkey
     with pytest.warns(UserWarning, match="bi-bau: inverting without a reference"):
         planted.unlearn("bi-bau", reference_epochs=1, rounds=1)
     assert seen[4][1] is None
+
+
+def test_bi_bau_trains_on_what_fools_the_suspect_model_and_not_its_copy():
+    class Brighter(nn.Module):
+        def forward(self, x, rows):
+            return x + 0.5, rows.float()
+
+    def called(above, inside, outside):
+        def forward(x):
+            labels = torch.where(x[:, 0, 0, 0] > above, inside, outside)
+            return functional.one_hot(labels, 4).float()
+
+        return forward
+
+    images = torch.tensor([0.1, 0.2, 0.3, 0.4]).view(4, 1, 1, 1)
+    y = torch.tensor([0, 0, 0, 3])
+    targets = torch.tensor([3, classwise.NEXT])
+    found = Found({"one": Brighter()}, targets, torch.tensor([[1.0, 1.0]]), torch.ones(1, 2))
+    course = SimpleNamespace(before=called(0.65, 3, 0), generator=torch.Generator())
+    settings = bi_bau.Settings(inner_steps=0)
+    for reference, wanted in ((None, [1, 2]), (called(0.75, 2, 0), [1])):
+        moved, kept = bi_bau._examples(course, found, images, y, settings, reference)
+        torch.testing.assert_close(moved, images + 0.5)
+        assert kept.tolist() == wanted
 
 
 # What is done to a removal.
