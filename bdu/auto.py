@@ -1,7 +1,7 @@
 """auto: clean with several cheap defences, judge them by what a defender can see, keep the best.
 
     r ← FST                                               the first candidate, and the reference
-    φ_t ← what turns f_bd and leaves r right              for every class t, see classwise.py
+    φ_t ← what turns f_bd and not r                       for every class t, see classwise.py
     anomaly(t) = (e_t − median) / (1.4826 MAD) over all classes,  e_t = log J(φ_t) / size(φ_t)
     deficit(c) = (m_c − 2 w_c) / √(m_c + 4 w_c),  m_c: clean images of class c that f_bd misses,
     w_c: others that it calls c
@@ -230,7 +230,7 @@ def _operators(course: Course, s: Settings, tried: Tried) -> Found:
             _with(course.before, _first(tried)),
             clean,
             seed=course.seed + 1,  # not that of a candidate
-            settings=Search(steps=s.inversion_steps),
+            settings=Search(steps=s.inversion_steps, strict=False),
             wrap=course.bar("inversion"),
         ).state(),
     )

@@ -12,7 +12,7 @@ from bdu import auto, metrics
 from bdu.attacks import make_attack, poison
 from bdu.cli.demo import digits
 from bdu.data import split_indices
-from bdu.defenses.classwise import NEXT
+from bdu.defenses.classwise import KINDS, NEXT
 from bdu.defenses.course import Course, Running
 from bdu.defenses.protocol import DefenderData, Result
 from bdu.models import build
@@ -201,7 +201,7 @@ def test_bi_bau_inverts_against_the_first_candidate(planted, monkeypatch):
 
     for name, (_, epochs, _) in list(auto.CANDIDATES.items()):
         monkeypatch.setitem(auto.CANDIDATES, name, (method, epochs, {"lr": 1.0}))
-    monkeypatch.setattr(auto, "_anomalies", lambda *_: torch.full((2, 11), 3.0))
+    monkeypatch.setattr(auto, "_anomalies", lambda *_: torch.full((len(KINDS), 11), 3.0))
     planted.unlearn(inversion_steps=1)
     assert [reference is None for reference in seen] == [True, False, True]
     for name, value in seen[1].state_dict().items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -79,6 +81,30 @@ def test_an_attack_from_all_classes_to_all_is_found(clean):
     kind = list(found.operators).index("pattern")
     assert found.targets[(found.fooled / found.sizes)[kind].argmax()] == NEXT
     assert found.fooled[kind, -1] > 0.9
+
+
+def test_a_copy_that_errs_on_the_trigger_hides_it_only_from_the_strict(clean):
+    class Errs(Places):
+        def forward(self, x):
+            return (
+                super().forward(x)
+                + 400 * functional.one_hot(torch.tensor(2), 10) * x[:, 0, 9, 9:10]
+            )
+
+    models = Places().eval(), Errs(backdoor=0.0).eval()
+    fooled = {}
+    for strict in (True, False):
+        settings = replace(QUICK, strict=strict)
+        made = invert_every_class(*models, clean, seed=0, settings=settings)
+        again = Found.from_state(made.state(), clean.x.shape[1:])
+        torch.testing.assert_close(judged(again, *models, clean)[0], made.fooled)
+        fooled[strict], sizes = made.fooled, made.sizes
+    patterns, patches, warps = (list(KINDS).index(kind) for kind in ("pattern", "patch", "warp"))
+    assert fooled[True][patterns, 7] < 0.3
+    for kind in (patterns, patches):
+        assert fooled[False][kind, 7] > 0.9
+        assert sizes[kind].nan_to_num(1.0).argmin() == 7
+    assert torch.equal(fooled[True][warps], fooled[False][warps])
 
 
 def test_it_is_found_where_it_is(found, clean):

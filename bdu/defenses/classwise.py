@@ -9,7 +9,10 @@
 
 f is the suspect model and r a copy that has been cleaned, perhaps at a price in accuracy. Every
 model has perturbations that turn its images, but those spoil the images for its copies, too; the
-trigger of a backdoor leaves them as clear as they were to a model that does not know it. Beside
+trigger of a backdoor leaves them as clear as they were to a model that does not know it. A copy of
+few samples errs on images with the trigger, too, but does not call them t: where `strict` is off,
+log r_y becomes log (1 − r_t), and r need not call φ_t(x) y but anything other than t. Warps, which
+spoil images soonest, stay strict. Beside
 one operator for every class t there is one with t = y + 1, for attacks from all classes to all; one
 by another permutation is not found. μ_t falls while fewer than `wanted` of a target's images are
 turned and rises while more are, so that what is found is about the smallest that works.
@@ -55,6 +58,7 @@ class Search:
         most_targets: classes at most that have an operator; of more, those are taken towards which
             a small perturbation of all images leads f more than r.
         judged_on: clean images at most that J is measured on.
+        strict: whether the reference is to call moved images right, or only not what f does.
     """
 
     steps: int = 200
@@ -62,10 +66,12 @@ class Search:
     wanted: float = 0.85
     most_targets: int = 50
     judged_on: int = 512
+    strict: bool = True
 
 
 # Of an operator: lr is Adam's, penalty is μ at first; least_spread is what auto.py takes at least
-# for the spread of log(J / size) over the classes, for they may happen to be alike.
+# for the spread of log(J / size) over the classes, for they may happen to be alike; always_strict
+# is for what spoils an image for every model.
 
 
 class Pattern(nn.Module):
@@ -76,6 +82,7 @@ class Pattern(nn.Module):
 
     lr, penalty = 0.01, 10.0
     least_spread = 0.25
+    always_strict = False
     width = 16
 
     def __init__(self, shape: Sequence[int], targets: int) -> None:
@@ -104,6 +111,7 @@ class Patch(nn.Module):
 
     lr, penalty = 0.1, 10.0
     least_spread = 0.4
+    always_strict = False
     start = -2.0  # of the mask's logits: an eighth is covered everywhere
 
     def __init__(self, shape: Sequence[int], targets: int) -> None:
@@ -122,6 +130,7 @@ class Warp(nn.Module):
 
     lr, penalty = 0.05, 1.0
     least_spread = 0.25
+    always_strict = True
     points = 8
 
     def __init__(self, shape: Sequence[int], targets: int) -> None:
@@ -165,12 +174,14 @@ class Found:
         targets: (T,) int64, classes and, last, `NEXT`.
         fooled: (kinds, T), J of every operator on clean samples.
         sizes: (kinds, T), in pixels' values or, of warps, in pixels; NaN where none was judged.
+        strict: see :class:`Search`.
     """
 
     operators: dict[str, nn.Module]
     targets: Tensor
     fooled: Tensor
     sizes: Tensor
+    strict: bool = True
 
     def state(self) -> dict[str, Any]:
         """Tensors and names that :meth:`from_state` rebuilds it from."""
@@ -180,6 +191,7 @@ class Found:
             "targets": self.targets,
             "fooled": self.fooled,
             "sizes": self.sizes,
+            "strict": self.strict,
         }
 
     @classmethod
@@ -189,7 +201,7 @@ class Found:
         operators = _operators(shape, len(targets), targets.device)
         for kind, module in operators.items():
             module.load_state_dict(state["operators"][kind])
-        return cls(operators, targets, state["fooled"], state["sizes"])
+        return cls(operators, targets, state["fooled"], state["sizes"], state["strict"])
 
     def move(self, images: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
         """Images, each under an operator that is drawn by J⁴ and not that of its own class."""
@@ -242,7 +254,7 @@ def invert_every_class(
         own = (step for _, step in zip(range(s.steps), steps, strict=False))
         _search(operator, model, reference, clean, targets, generator, s, own)
     next(steps, None)  # closes the bar
-    found = Found(operators, targets, torch.zeros(0), torch.zeros(0))
+    found = Found(operators, targets, torch.zeros(0), torch.zeros(0), s.strict)
     found.fooled, found.sizes = judge(
         found, model, reference, clean.at(torch.arange(min(s.judged_on, len(clean))))
     )
@@ -262,6 +274,7 @@ def _search(
     optimizer = torch.optim.Adam(operator.requires_grad_().parameters(), lr=operator.lr)
     penalty = torch.full(targets.shape, operator.penalty, device=targets.device)
     turned = torch.zeros_like(penalty)
+    strict = s.strict or operator.always_strict
     for _ in steps:
         batch = clean.at(torch.randint(len(clean), (s.batch_size,), generator=generator))
         rows = torch.randint(len(targets), (s.batch_size,), generator=generator)
@@ -272,7 +285,12 @@ def _search(
         wanted = _wanted(targets[rows], batch.y, logits.shape[1])
         gains = logits.log_softmax(1).gather(1, wanted[:, None])[:, 0]
         hits = (logits.argmax(1) == wanted).to(gains.dtype)
-        kept = reference(moved).log_softmax(1).gather(1, batch.y[:, None])[:, 0]
+        known = reference(moved)
+        if strict:
+            kept = known.log_softmax(1).gather(1, batch.y[:, None])[:, 0]
+        else:
+            others = known.scatter(1, wanted[:, None], -torch.inf)
+            kept = others.logsumexp(1) - known.logsumexp(1)
         loss = (penalty[rows] * sizes - gains - kept).mean()
         gradients = torch.autograd.grad(loss, list(operator.parameters()))
         for parameter, gradient in zip(operator.parameters(), gradients, strict=True):
@@ -319,9 +337,12 @@ def judge(
             with torch.no_grad():
                 moved, size = operator(images[others], rows)
             logits = predict(model, moved).to(y.device)
-            hit = logits.argmax(1) == _wanted(found.targets[row], y[others], logits.shape[1])
-            if reference is not None:
+            wanted = _wanted(found.targets[row], y[others], logits.shape[1])
+            hit = logits.argmax(1) == wanted
+            if reference is not None and (found.strict or operator.always_strict):
                 hit &= called_right(reference, moved, y[others])
+            elif reference is not None:
+                hit &= ~called_right(reference, moved, wanted)
             fooled[kind, row], sizes[kind, row] = hit.float().mean(), size.mean()
     return fooled, sizes
 
