@@ -88,7 +88,7 @@ def run(model: nn.Module, data: DefenderData, **options: Any) -> Result:
         course.student.load_state_dict(course.before.state_dict())
         with torch.no_grad():
             for name, places in zeroed.items():
-                course.student.get_parameter(name).view(-1)[places] = 0.0
+                course.student.get_parameter(name)[tuple(places.T)] = 0.0
 
     parameters: list[Tensor] = [p for _, p in course.named_parameters()]
     optimizer = course.sgd(s.lr, momentum=s.momentum, weight_decay=s.weight_decay)
@@ -117,7 +117,7 @@ def run(model: nn.Module, data: DefenderData, **options: Any) -> Result:
 
 
 def _most_changed(course: Course, s: Settings) -> dict[str, Tensor]:
-    """Name of a weight → places in it, as one axis, that are set to zero."""
+    """Name of a weight → places in it that are set to zero, (places, axes)."""
     head = head_of(course.before, as_unit_float(course.data.clean.x[:1]))
     changes = {
         name: (p - course.before.get_parameter(name)).detach().abs().flatten(1)
@@ -134,5 +134,5 @@ def _most_changed(course: Course, s: Settings) -> dict[str, Tensor]:
     for name, change in changes.items():
         hit = (change >= least_weight) & (change > 0) & chosen[name].unsqueeze(1)
         if bool(hit.any()):
-            places[name] = hit.flatten().nonzero().flatten()
+            places[name] = hit.view(course.before.get_parameter(name).shape).nonzero()
     return places
