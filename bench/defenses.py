@@ -561,7 +561,7 @@ def main() -> None:
             text += f"\n![ASR, clean accuracy lost, and ASR after retuning]({picture})\n"
         atomic_write(options.markdown, text)
     if options.plot is not None:
-        draw(rows, options.plot)
+        draw(rows, options.plot, DEFENSES)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,8 @@ def text_of(rows: list[dict[str, Any]], missing: int, setting: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(rows: list[dict[str, Any]], file: Path) -> None:
-    """A row for each defence, a mark for each attacked model, a line at the mean."""
+def draw(rows: list[dict[str, Any]], file: Path, defenses: Sequence[str]) -> None:
+    """A row for each of the defences, a mark for each attacked model, a line at the mean."""
     from matplotlib import pyplot
 
     controls = {
@@ -85,7 +85,12 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
         ("ASR retuned above a\nnever-backdoored model's, points", above_control, 10.0),
     )
     names = [name(row) for row in rows]
-    order = [n for n in dict.fromkeys(names) if n != "none"][::-1]
+    seen = {
+        (defenses.index(row["defense"]), name(row))
+        for row in rows
+        if row["defense"] != "none" and row["before"]["attack_success_rate"] is not None
+    }
+    order = [own for _, own in sorted(seen)][::-1]
     figure, axes = pyplot.subplots(
         1, 3, figsize=(11, 1.8 + 0.4 * len(order)), sharey=True, layout="constrained"
     )
