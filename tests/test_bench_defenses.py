@@ -81,3 +81,44 @@ def test_what_was_not_planted_is_not_kept(defenses, table, tmp_path, monkeypatch
     monkeypatch.setattr(defenses, "PLANTED", tmp_path / "planted")
     table.keep(defenses.Case("cifar10", "badnets"))
     assert not (tmp_path / "planted").exists()
+
+
+def measured(case, defense, seed, **rates):
+    after = {"clean_accuracy": 0.8, "attack_success_rate": None, "false_target_rate": None}
+    return {
+        "case": case,
+        "case_seed": seed,
+        "defense": defense,
+        "anchored": False,
+        "seconds": 10.0 + seed,
+        "before": after,
+        "after": {**after, "robust_accuracy": None, **rates},
+    }
+
+
+def test_seeds_are_gathered_in_one_row_and_the_control_has_its_own(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    text = importlib.import_module("defenses_table").text_of(
+        [
+            {**measured("a", "none", 0), "control_retuned": 0.02, "retuned": 0.99},
+            measured("a", "fst", 0, attack_success_rate=0.01),
+            measured("a", "fst", 2, attack_success_rate=0.03),
+            {**measured("b", "fst", 0), "anchored": True},
+        ],
+        missing=6,
+        setting="on a toy",
+    )
+    lines = text.splitlines()
+    assert "on a toy" in lines[0]
+    none, control, fst, anchored = (
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in lines[4:8]
+    )
+    assert none[:4] == ["a", "none", "1", "80.0"]
+    assert none[8] == "99.0"
+    assert control[:3] == ["a", "never backdoored", "1"]
+    assert control[8] == "2.0"
+    assert fst[:5] == ["a", "fst", "2", "80.0 ± 0.0", "2.0 ± 1.4"]
+    assert fst[-1] == "11"
+    assert anchored[:3] == ["b", "fst + anchored", "1"]
+    assert anchored[4] == "–"
+    assert lines[-1] == "Not run: 6 of 10 cells, all that are not above."
