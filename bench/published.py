@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -25,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from defenses import SETTINGS, method_of
+from defenses import SETTINGS, commit, method_of
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -141,12 +140,9 @@ COLUMNS = ("clean_accuracy", "attack_success_rate", "false_target_rate", "robust
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown: mean ± standard deviation over the seeds, in percent."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    ).stdout.strip()
     lines = [
         f"Published backdoored checkpoints, {CLEAN} clean images, trigger unknown to the method; "
-        f"percent; commit {commit}; {date.today().isoformat()}; torch {versions()['torch']}.",
+        f"percent; commit {commit()}; {date.today().isoformat()}; torch {versions()['torch']}.",
         "",
         "| checkpoint | method | seeds | clean accuracy | ASR | false-target rate | "
         "robust accuracy | ASR retuned | seconds |",
