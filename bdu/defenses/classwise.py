@@ -12,9 +12,10 @@ model has perturbations that turn its images, but those spoil the images for its
 trigger of a backdoor leaves them as clear as they were to a model that does not know it. A copy of
 few samples errs on images with the trigger, too, but does not call them t: where `strict` is off,
 log r_y becomes log (1 − r_t), and r need not call φ_t(x) y but anything other than t. Warps, which
-spoil images soonest, stay strict. Beside one operator for every class t there is one with t = y + 1,
-for attacks from all classes to all; one by another permutation is not found. μ_t falls while fewer than `wanted` of a target's images are
-turned and rises while more are, so that what is found is about the smallest that works.
+spoil images soonest, stay strict. Beside one operator for every class t there is one with
+t = y + 1, for attacks from all classes to all; one by another permutation is not found. μ_t falls
+while fewer than `wanted` of a target's images are turned and rises while more are, so that what is
+found is about the smallest that works.
 
 Ours. That one perturbation a class finds a backdoor is Neural Cleanse (Wang et al. 2019), that a
 trigger is what the benign features do not see is BTI-DBF (Xu et al., ICLR 2024), and that warps are
