@@ -159,6 +159,7 @@ TUNING = [
     Case("cifar10", "wanet", seed=10),
     Case("cifar10", "bpp", seed=10),
     Case("cifar10", "sig", 0.08, seed=10),
+    Case("cifar10", "label-consistent", 0.08, seed=10),
     Case("cifar10", "badnets", seed=10, target="all-to-all", epochs=LONGER),
 ]
 

@@ -42,7 +42,7 @@ from bdu.metrics import predict
 
 NEXT = -1
 """In place of a target: the class after the true one, as attacks from all classes have it."""
-_SHARPNESS = 4  # of the draw: one that stands out is drawn most, of many alike each as often
+_SHARPNESS = 8  # of the draw: one that stands out is drawn most, of many alike each as often
 _MEMORY = 0.8  # of the running share that is turned
 _RATE = 1.06  # of μ a step, either way
 
@@ -204,7 +204,7 @@ class Found:
         return cls(operators, targets, state["fooled"], state["sizes"], state["strict"])
 
     def move(self, images: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
-        """Images, each under an operator that is drawn by J⁴ and not that of its own class."""
+        """Images, each under an operator that is drawn by J⁸ and not that of its own class."""
         weights = self.fooled**_SHARPNESS + 1e-12  # all alike where nothing was found
         odds = weights.flatten().repeat(len(y), 1).view(len(y), *weights.shape)
         odds = odds.masked_fill((self.targets == y[:, None])[:, None], 0).flatten(1)
