@@ -19,9 +19,9 @@ be known beforehand; with two or three classes there is little to compare. Attac
 as they are may have triggers too large to stand out, but their class was learnt by its trigger: it
 is missed where there is none, and nothing else is called by its name, while classes that are hard
 in themselves are missed about as often as others are taken for them. Hence the deficit, by how many
-standard errors m_c exceeds 2 w_c; its φ_t are suspicious then, whatever they do. A class that was
-rare in training is missed like that, too. The candidate that learns from inverted triggers inverts
-its own, with other draws than those that judge it.
+standard errors m_c exceeds 2 w_c; where none of its φ_t stands out, all are suspicious then. A
+class that was rare in training is missed like that, too. The candidate that learns from inverted
+triggers inverts its own, with other draws than those that judge it.
 
 Ours; that a backdoor's class needs an unusually small change, and the index that says how unusual,
 is Neural Cleanse (Wang et al. 2019), that the line back tells shallow cleaning from deep is PAM
@@ -133,7 +133,7 @@ def run(model: nn.Module, data: DefenderData, **options: Any) -> Result:
         return result
     anomalies = _anomalies(course, s, tried)
     deficits = _deficits(course, _operators(course, s, tried).targets)
-    suspicious = (anomalies >= s.threshold) | (deficits >= s.threshold)
+    suspicious = _suspicious(anomalies, deficits, s.threshold)
     if suspicious.any():
         chosen, reason = _chosen(course, s, tried, suspicious)
         weights = tried[chosen]
@@ -219,6 +219,13 @@ def _deficits(course: Course, targets: Tensor) -> Tensor:
 
     deficits: Tensor = course.once("deficits", make)
     return deficits
+
+
+def _suspicious(anomalies: Tensor, deficits: Tensor, threshold: float) -> Tensor:
+    """Which operators are to turn nothing any more, (kinds, targets) bool."""
+    anomalous = anomalies >= threshold
+    # Beside one that stands out the others of a class are weak spots, which no removal closes.
+    return anomalous | ((deficits >= threshold) & ~anomalous.any(0))
 
 
 def _operators(course: Course, s: Settings, tried: Tried) -> Found:

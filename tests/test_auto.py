@@ -160,6 +160,17 @@ def test_a_class_that_is_taken_for_another_as_often_as_it_is_missed_is_none(judg
     assert float(deficits[7]) == pytest.approx(wrongly**0.5)
 
 
+def test_a_deficit_makes_operators_suspicious_where_none_of_its_class_stands_out():
+    anomalies = torch.tensor([[4.0, 0.0, 0.0], [0.0, 1.0, 0.0], [3.0, 0.0, 0.0]])
+    for deficits, expected in (
+        ([0.0, 0.0, 0.0], [[1, 0, 0], [0, 0, 0], [1, 0, 0]]),
+        ([9.0, 0.0, 0.0], [[1, 0, 0], [0, 0, 0], [1, 0, 0]]),
+        ([0.0, 3.0, 0.0], [[1, 1, 0], [0, 1, 0], [1, 1, 0]]),
+    ):
+        suspicious = auto._suspicious(anomalies, torch.tensor(deficits), 3.0)
+        assert suspicious.int().tolist() == expected
+
+
 def test_the_least_residue_wins_among_those_that_kept_their_accuracy(planted, cleaned, judge):
     suspect, good = planted.model.state_dict(), cleaned.model.state_dict()
     blank = {name: torch.zeros_like(value) for name, value in suspect.items()}
