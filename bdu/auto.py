@@ -8,8 +8,8 @@
     all anomalies and deficits < `threshold`: f_bd looks clean and is returned as it is
     else of the candidates that at least halve the residue = max over the suspicious t of the share
     of images that φ_t turns, and whose clean accuracy is within `accuracy_margin` of the best such,
-    that with the lowest residue, and of two alike the one whose residue half-way on the line back
-    to f_bd is lower
+    that with the lowest residue, and of two alike the one to which it comes back less: half-way on
+    the line to f_bd, or after five of the defender's own images under φ_t were taught as t
 
 Small changes also fool a model that was never backdoored, but what fools it spoils the image for a
 copy with a new last layer, too: natural weaknesses are in the data and transfer, a backdoor is in
@@ -24,11 +24,12 @@ class that was rare in training is missed like that, too. The candidate that lea
 triggers inverts its own, with other draws than those that judge it.
 
 Ours; that a backdoor's class needs an unusually small change, and the index that says how unusual,
-is Neural Cleanse (Wang et al. 2019), that the line back tells shallow cleaning from deep is PAM
-(arXiv:2410.09838). Threat model: white box, a few hundred clean samples, neither trigger nor target
-known.
+is Neural Cleanse (Wang et al. 2019), that the line back and a few poisoned samples tell shallow
+cleaning from deep is PAM (arXiv:2410.09838). Threat model: white box, a few hundred clean samples,
+neither trigger nor target known.
 
-Cost: the candidates', and an inversion of classwise.py.
+Cost: the candidates', an inversion of classwise.py, and for each candidate five forwards and
+backwards over the clean samples.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bdu.attacks.retune import retune
+from bdu.data import as_unit_float
 from bdu.defenses import bi_bau, fst, ulrl
 from bdu.defenses.classwise import KINDS, NEXT, Found, Search, invert_every_class, judge
 from bdu.defenses.course import (
@@ -57,7 +60,7 @@ from bdu.defenses.course import (
 )
 from bdu.defenses.feature_shift import LEAST_KEPT, alphas
 from bdu.defenses.protocol import DefenderData, Result
-from bdu.metrics import predict
+from bdu.metrics import ALL_TO_ALL, predict, target_labels
 
 NAME = "auto"
 CANDIDATES: dict[str, tuple[Callable[..., Result], str, dict[str, Any]]] = {
@@ -67,6 +70,7 @@ CANDIDATES: dict[str, tuple[Callable[..., Result], str, dict[str, Any]]] = {
 }
 """Name → its run, what its epochs are called, and other settings; the first is the reference."""
 _BATCH = 128  # of the candidates
+_POISONED = 5  # in the retune attack
 _LEAST_FOOLED = 0.25  # of the images, by what is to be called a trigger
 _USUAL_RATIO = 2  # of the images of a class that are missed to those wrongly called it, at most
 _BLIND = (
@@ -257,17 +261,21 @@ def _chosen(
     """The best candidate, and why."""
     samples, before = course.data.clean_validation, dict(course.before.state_dict())
     found = _operators(course, s, tried)
+    strengths = judge(found, course.before, None, samples, suspicious)[0]
+    strongest = torch.zeros_like(suspicious)
+    strongest.view(-1)[strengths.argmax()] = True
 
-    def residue_of(model: nn.Module) -> float:
-        return float(judge(found, model, None, samples, suspicious)[0].max())
+    def residue_of(model: nn.Module, only: Tensor = suspicious) -> float:
+        return float(judge(found, model, None, samples, only)[0].max())
 
     judged: dict[str, tuple[float, float, float]] = {}
     for name, weights in tried.items():
-        ends = [_with(course.before, w) for w in (weights, _half_way(weights, before))]
-        residue, half_way = (residue_of(end) for end in ends)
-        judged[name] = share_called(ends[0], samples), residue, half_way
+        cleaned, between = (_with(course.before, w) for w in (weights, _half_way(weights, before)))
+        again = _retuned(course, cleaned, found, strongest)
+        back = max(residue_of(between), residue_of(again, strongest))
+        judged[name] = share_called(cleaned, samples), residue_of(cleaned), back
     count = len(samples)
-    worked = residue_of(course.before)
+    worked = float(strengths.max())
     # Accuracy decides among removals alone: where the suspect model was trained on the defender's
     # own images, leaving it as it is looks best.
     removed = {n: values for n, values in judged.items() if values[1] <= worked / 2}
@@ -277,17 +285,34 @@ def _chosen(
     # What the validation split cannot tell apart counts as alike.
     apart = 2 * standard_error(min(residue for _, residue, _ in good.values()), count)
     name = min(good, key=lambda n: (round(good[n][1] / apart), good[n][2]))
-    accuracy, residue, half_way = judged[name]
+    accuracy, residue, back = judged[name]
     targets = found.targets[suspicious.any(0)].tolist()
     classes = [str(t) for t in targets if t != NEXT]
     reason = (
         f"chose {name} of {', '.join(judged)}: a change that turned {worked:.2f} of held-out "
         f"images (to class {', '.join(classes) or 'any'}) turns {residue:.2f} after it and "
-        f"{half_way:.2f} half-way back; clean accuracy {accuracy:.3f} on the validation split"
+        f"{back:.2f} half-way back or retuned; clean accuracy {accuracy:.3f} on the validation "
+        "split"
     )
     if not removed:
         reason += "; that is no removal, and no candidate found one"
     return name, reason
+
+
+def _retuned(course: Course, model: nn.Module, found: Found, only: Tensor) -> nn.Module:
+    """After the retune attack on clean samples, a few of them under one operator."""
+    clean = course.data.clean
+    kind, row = (int(place) for place in torch.nonzero(only)[0])
+    operator, target = list(found.operators.values())[kind], int(found.targets[row])
+    classes = predict(model, clean.x[:1]).shape[1]
+    wanted = target_labels(clean.y, ALL_TO_ALL if target == NEXT else target, classes)
+    (others,) = torch.nonzero(clean.y != wanted, as_tuple=True)
+    generator = torch.Generator().manual_seed(course.seed)
+    chosen = torch.randperm(len(others), generator=generator)[:_POISONED]
+    chosen = others[chosen.to(others.device)]
+    with torch.no_grad():
+        moved, _ = operator(as_unit_float(clean.x[chosen]), torch.full_like(chosen, row))
+    return retune(model, clean.x, clean.y, moved, wanted[chosen], seed=course.seed).eval()
 
 
 def _half_way(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ import torch
 from bdu import auto, metrics
 from bdu.attacks import make_attack, poison
 from bdu.cli.demo import digits
-from bdu.data import split_indices
+from bdu.data import as_unit_float, split_indices
 from bdu.defenses.classwise import KINDS, NEXT
 from bdu.defenses.course import Course, Running
 from bdu.defenses.protocol import DefenderData, Result
@@ -182,6 +182,40 @@ def test_the_least_residue_wins_among_those_that_kept_their_accuracy(planted, cl
         {"suspect": suspect, "cleaned": good, "blank": blank}, accuracy_margin=1.0
     )
     assert name in ("cleaned", "blank")
+
+
+def test_of_two_alike_that_wins_to_which_it_comes_back_less(planted, cleaned, judge, monkeypatch):
+    good = cleaned.model.state_dict()
+    twice = {"first": good, "second": dict(good)}
+    for expected in twice:
+        retuned = {name: cleaned.model if name == expected else planted.model for name in twice}
+        in_turn = iter(retuned.values())
+        monkeypatch.setattr(auto, "_retuned", lambda *_, each=in_turn: next(each))
+        name, reason = judge.choose(twice)
+        assert name == expected
+        assert "half-way back or retuned" in reason
+
+
+@pytest.mark.parametrize("target", [TARGET, NEXT])
+def test_a_candidate_is_retuned_with_five_inverted_triggers(judge, target, monkeypatch):
+    course, found = judge.course, judge.found
+    only = torch.zeros_like(judge.anomalies, dtype=torch.bool)
+    only[1, found.targets == target] = True
+    seen = []
+    monkeypatch.setattr(auto, "retune", lambda *given, **more: seen.append(given) or given[0])
+    auto._retuned(course, course.before, found, only)
+    ((_, x, y, moved, labels),) = seen
+    assert x is course.data.clean.x
+    assert y is course.data.clean.y
+    row = torch.nonzero(only)[0, 1]
+    operator = list(found.operators.values())[1]
+    every, _ = operator(as_unit_float(x), torch.full_like(y, row))
+    places = [int((every - image).abs().flatten(1).sum(1).argmin()) for image in moved]
+    assert len(set(places)) == len(labels) == 5
+    torch.testing.assert_close(moved, every[places], rtol=1e-5, atol=1e-6)
+    wanted = (y[places] + 1) % 10 if target == NEXT else torch.full((5,), target)
+    assert torch.equal(labels, wanted)
+    assert (labels != y[places]).all()
 
 
 def test_what_removes_nothing_is_not_chosen_for_its_accuracy(planted, cleaned, judge):
