@@ -313,10 +313,12 @@ def test_the_clean_loss_is_cross_entropy_and_divergence_from_the_suspect(planted
         torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("method", ["fine-tuning", "ulrl", "fst", "tsbd", "bi-bau"])
+@pytest.mark.parametrize("method", ["fine-tuning", "ulrl", "fst", "tsbd", "bi-bau", "i-bau", "pam"])
 @pytest.mark.filterwarnings("ignore:ulrl")
 def test_distillation_holds_the_student_to_what_the_suspect_says(planted, method):
-    more = {"adversarial_weight": 0.0} if method == "bi-bau" else {}
+    more = {"bi-bau": {"adversarial_weight": 0.0}, "pam": {"epochs": 30, "rho": 0.0}}.get(
+        method, {}
+    )
     plain, held = (
         planted.unlearn(method, distillation=share, augment=False, **more) for share in (0.0, 1.0)
     )
@@ -535,6 +537,11 @@ def test_the_hypergradient_of_i_bau_is_that_of_unrolled_fixed_point_steps():
         @staticmethod
         def images(samples):
             return samples.x
+
+        @staticmethod
+        def clean_loss(logits, images, y, distillation):
+            assert distillation == 0
+            return functional.cross_entropy(logits, y)
 
     samples = Samples(x, y)
     settings = i_bau.Settings(fixed_point_steps=4, perturbed_share=0.3)

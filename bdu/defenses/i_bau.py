@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bdu.data import as_unit_float
-from bdu.defenses.course import Course, Shared, check_numbers, read_options
+from bdu.defenses.course import Course, Distilled, check_numbers, read_options
 from bdu.defenses.protocol import DefenderData, Result, Samples
 
 NAME = "i-bau"
@@ -36,7 +36,7 @@ _MAP_RATE = 0.1
 
 
 @dataclass(frozen=True)
-class Settings(Shared):
+class Settings(Distilled):
     """The knobs of I-BAU.
 
     Attributes:
@@ -108,7 +108,8 @@ def _hypergradient(
     delta = delta.detach().requires_grad_()
     mask = torch.zeros(len(batch), 1, 1, 1, device=images.device)
     mask[chosen] = 1.0
-    outer = functional.cross_entropy(model(images + mask * delta), batch.y)
+    logits = model(images + mask * delta)
+    outer = course.clean_loss(logits, images, batch.y, s.distillation)
     slope, *gradients = torch.autograd.grad(outer, [delta, *parameters], allow_unused=True)
 
     first_images = as_unit_float(first.x)

@@ -22,10 +22,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from bdu.data import as_unit_float
-from bdu.defenses.course import Course, Shared, check_numbers, read_options
+from bdu.defenses.course import Course, Distilled, check_numbers, read_options
 from bdu.defenses.inversion import Inversion, Inverted, invert_trigger
 from bdu.defenses.protocol import DefenderData, Result
 from bdu.ops import grad_norm
@@ -34,7 +33,7 @@ NAME = "pam"
 
 
 @dataclass(frozen=True)
-class Settings(Shared):
+class Settings(Distilled):
     """The knobs of PAM.
 
     Attributes:
@@ -82,10 +81,11 @@ def run(model: nn.Module, data: DefenderData, **options: Any) -> Result:
             count = min(len(images), int(s.triggered_share * len(images)) + 1)
             with torch.no_grad():
                 moved = torch.cat([trigger.operator(images[:count]), images[count:]])
-            (images,) = course.alike(moved)
+            images, moved = course.alike(images, moved)
             optimizer.zero_grad()
             with _towards(parameters, suspect, s.rho):
-                loss = functional.cross_entropy(course.student(images), batch.y)
+                logits = course.student(moved)
+                loss = course.clean_loss(logits, images, batch.y, s.distillation)
                 loss.backward()
             course.apply(optimizer, loss)
     return course.result()
