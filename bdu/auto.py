@@ -2,9 +2,9 @@
 
     r ← FST                                               the first candidate, and the reference
     φ_t ← what turns f_bd and not r                       for every class t, see classwise.py
-    anomaly(t) = (e_t − median) / (1.4826 MAD) over all classes,  e_t = log J(φ_t) / size(φ_t)
-    deficit(c) = (m_c − 2 w_c) / √(m_c + 4 w_c),  m_c: clean images of class c that f_bd misses,
-    w_c: others that it calls c
+    anomaly(t) = (e_t − median) / (1.4826 MAD) over all classes,  e_t = log J(φ_t) / size(φ_t);
+    where φ turns images to the class after their own, `threshold` · J(φ) / 0.5
+    deficit(c): of clean images of class c that f_bd misses, see deficit.py
     all anomalies and deficits < `threshold`: f_bd looks clean and is returned as it is
     else of the candidates that at least halve the residue = max over the suspicious t of the share
     of images that φ_t turns, and whose clean accuracy is within `accuracy_margin` of the best such,
@@ -16,12 +16,9 @@ copy with a new last layer, too: natural weaknesses are in the data and transfer
 the weights and does not. And they are about as large for every class. So the suspect model is
 compared with its own cleaned copy and a class with the other classes, and no size or rate has to
 be known beforehand; with two or three classes there is little to compare. Attacks that leave labels
-as they are may have triggers too large to stand out, but their class was learnt by its trigger: it
-is missed where there is none, and nothing else is called by its name, while classes that are hard
-in themselves are missed about as often as others are taken for them. Hence the deficit, by how many
-standard errors m_c exceeds 2 w_c; where none of its φ_t stands out, all are suspicious then. A
-class that was rare in training is missed like that, too. The candidate that learns from inverted
-triggers inverts its own, with other draws than those that judge it.
+as they are may have triggers too large to stand out, but give their class a deficit; where none of
+its φ_t stands out, all are suspicious then. The candidate that learns from inverted triggers
+inverts its own, with other draws than those that judge it.
 
 Ours; that a backdoor's class needs an unusually small change, and the index that says how unusual,
 is Neural Cleanse (Wang et al. 2019), that the line back and a few poisoned samples tell shallow
@@ -58,6 +55,7 @@ from bdu.defenses.course import (
     share_called,
     standard_error,
 )
+from bdu.defenses.deficit import LEAST_DEFICIT, deficits
 from bdu.defenses.feature_shift import LEAST_KEPT, alphas
 from bdu.defenses.protocol import DefenderData, Result
 from bdu.metrics import ALL_TO_ALL, predict, target_labels
@@ -72,7 +70,7 @@ CANDIDATES: dict[str, tuple[Callable[..., Result], str, dict[str, Any]]] = {
 _BATCH = 128  # of the candidates
 _POISONED = 5  # in the retune attack
 _LEAST_FOOLED = 0.25  # of the images, by what is to be called a trigger
-_USUAL_RATIO = 2  # of the images of a class that are missed to those wrongly called it, at most
+_LEAST_CYCLED = 0.5  # to the class after their own: there is no other such change to compare with
 _BLIND = (
     "cannot tell whether there is a backdoor, and left the model as it is: fine-tuned with a fresh "
     f"last layer it keeps less than {LEAST_KEPT:g} of its clean accuracy, so there is nothing to "
@@ -96,7 +94,7 @@ class Settings(Shared):
 
     steps: int = 400
     inversion_steps: int = 200
-    threshold: float = 3.0
+    threshold: float = LEAST_DEFICIT
     accuracy_margin: float = 0.01
     logit_spread: float | None = USUAL_SPREAD
 
@@ -126,7 +124,7 @@ def run(model: nn.Module, data: DefenderData, **options: Any) -> Result:
         course.student.load_state_dict(cleaned.state_dict())
         anomaly = float(_anomalies(course, s, tried).max())
         targets = _operators(course, s, tried).targets
-        deficit = float(_deficits(course, targets).max())
+        deficit = float(deficits(course, targets).max())
         course.note(anomaly=anomaly, deficit=deficit)
         if max(anomaly, deficit) < s.threshold:
             course.end_stage()
@@ -136,15 +134,15 @@ def run(model: nn.Module, data: DefenderData, **options: Any) -> Result:
             return replace(result, stopped=_BLIND)
         return result
     anomalies = _anomalies(course, s, tried)
-    deficits = _deficits(course, _operators(course, s, tried).targets)
-    suspicious = _suspicious(anomalies, deficits, s.threshold)
+    missing = deficits(course, _operators(course, s, tried).targets)
+    suspicious = _suspicious(anomalies, missing, s.threshold)
     if suspicious.any():
         chosen, reason = _chosen(course, s, tried, suspicious)
         weights = tried[chosen]
     else:
         reason = (
             f"looks clean and was left as it is: anomaly {float(anomalies.max()):.2f} and deficit "
-            f"{float(deficits.max()):.2f}, both below {s.threshold:g}"
+            f"{float(missing.max()):.2f}, both below {s.threshold:g}"
         )
         weights = dict(course.before.state_dict())
     for _ in course.stage("choose", 1, guarded_from=None):
@@ -201,35 +199,19 @@ def _anomalies(course: Course, s: Settings, tried: Tried) -> Tensor:
         spread = 1.4826 * (classes - usual).abs().nanmedian(1, keepdim=True).values
         least = [kind.least_spread for kind in KINDS.values()]
         anomaly = (ease - usual) / spread.maximum(spread.new_tensor(least)[:, None])
-        return torch.where(fooled >= _LEAST_FOOLED, anomaly, 0.0).nan_to_num(0.0)
+        anomaly = torch.where(fooled >= _LEAST_FOOLED, anomaly, 0.0).nan_to_num(0.0)
+        next_class = s.threshold / _LEAST_CYCLED * fooled
+        return torch.where(found.targets == NEXT, next_class, anomaly)
 
     anomalies: Tensor = course.once("anomalies", make)
     return anomalies
 
 
-def _deficits(course: Course, targets: Tensor) -> Tensor:
-    """Of every target's class on all clean images, (targets,); 0 for `NEXT`."""
-
-    def make() -> Tensor:
-        parts = (course.data.clean, course.data.clean_validation)
-        y = torch.cat([part.y for part in parts])
-        called = torch.cat(
-            [predict(course.before, part.x).argmax(1).to(y.device) for part in parts]
-        )
-        of_class, as_class = y == targets[:, None], called == targets[:, None]
-        missed, wrongly = (of_class & ~as_class).sum(1), (as_class & ~of_class).sum(1)
-        excess = missed - _USUAL_RATIO * wrongly
-        return excess / (missed + _USUAL_RATIO**2 * wrongly).clamp(min=1).sqrt()
-
-    deficits: Tensor = course.once("deficits", make)
-    return deficits
-
-
-def _suspicious(anomalies: Tensor, deficits: Tensor, threshold: float) -> Tensor:
+def _suspicious(anomalies: Tensor, missing: Tensor, threshold: float) -> Tensor:
     """Which operators are to turn nothing any more, (kinds, targets) bool."""
     anomalous = anomalies >= threshold
     # Beside one that stands out the others of a class are weak spots, which no removal closes.
-    return anomalous | ((deficits >= threshold) & ~anomalous.any(0))
+    return anomalous | ((missing >= threshold) & ~anomalous.any(0))
 
 
 def _operators(course: Course, s: Settings, tried: Tried) -> Found:

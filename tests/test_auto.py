@@ -12,6 +12,7 @@ from bdu import auto, metrics
 from bdu.attacks import make_attack, poison
 from bdu.cli.demo import digits
 from bdu.data import as_unit_float, split_indices
+from bdu.defenses import deficit
 from bdu.defenses.classwise import KINDS, NEXT
 from bdu.defenses.course import Course, Running
 from bdu.defenses.protocol import DefenderData, Result
@@ -128,12 +129,26 @@ def test_the_target_stands_out(judge):
     assert judge.anomalies[:, TARGET].max() >= judge.settings.threshold
 
 
+@pytest.mark.parametrize("share", [0.4, 0.6])
+def test_what_turns_half_of_all_images_to_their_next_class_stands_out(judge, share, monkeypatch):
+    fooled = torch.full_like(judge.anomalies, 0.3)
+    fooled[1, judge.found.targets == NEXT] = share
+    sizes = torch.full_like(fooled, 0.1)
+    monkeypatch.setattr(auto, "judge", lambda *_: (fooled, sizes))
+    monkeypatch.setattr(auto, "_operators", lambda *_: judge.found)
+    running = Running(0, progress=False)
+    course = Course("auto", judge.course.before, judge.course.data, judge.settings, running)
+    anomalies = auto._anomalies(course, judge.settings, {"fst": judge.course.before.state_dict()})
+    assert (anomalies >= judge.settings.threshold).any() == (share > 0.5)
+    assert float(anomalies[:, judge.found.targets != NEXT].max()) == 0
+
+
 def test_a_class_that_is_missed_and_never_called_is_a_deficit(planted, judge):
     blind = copy.deepcopy(planted.model)
     with torch.no_grad():
         list(blind.parameters())[-1][3] -= 1e3  # its bias
     course = Course("auto", blind, judge.course.data, judge.settings, Running(0, progress=False))
-    deficits = auto._deficits(course, judge.found.targets)
+    deficits = deficit.deficits(course, judge.found.targets)
     of_class = sum(
         int((part.y == 3).sum()) for part in (course.data.clean, course.data.clean_validation)
     )
@@ -150,9 +165,9 @@ def test_a_class_that_is_taken_for_another_as_often_as_it_is_missed_is_none(judg
     labels[torch.nonzero(data.clean.y == 7)[:wrongly, 0]] = 3
     course = Course("auto", judge.course.before, data, judge.settings, Running(0, progress=False))
     monkeypatch.setattr(
-        auto, "predict", lambda model, x: torch.nn.functional.one_hot(called[id(x)], 10).float()
+        deficit, "predict", lambda model, x: torch.nn.functional.one_hot(called[id(x)], 10).float()
     )
-    deficits = auto._deficits(course, judge.found.targets)
+    deficits = deficit.deficits(course, judge.found.targets)
     assert float(deficits[3]) == pytest.approx(
         (missed - 2 * wrongly) / (missed + 4 * wrongly) ** 0.5
     )

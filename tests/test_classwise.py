@@ -139,6 +139,16 @@ def test_an_operator_that_is_found_to_work_is_drawn_most(found, pair, clean):
     assert torch.equal(again, moved)
 
 
+def test_rows_are_drawn_as_though_they_always_worked(found):
+    rows = found.targets == 2
+    drawing = found.drawing(rows)
+    for kind, before, after in zip(KINDS.values(), found.fooled, drawing.fooled, strict=True):
+        assert torch.equal(after[~rows], before[~rows])
+        wanted = before[rows] if kind.always_strict else torch.ones(1)
+        assert torch.equal(after[rows], wanted)
+    assert drawing.operators is found.operators
+
+
 def test_no_image_is_moved_by_the_operator_of_its_own_class(clean):
     class Mark(nn.Module):
         def forward(self, x, rows):

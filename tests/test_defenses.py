@@ -728,8 +728,14 @@ def test_bi_bau_trains_on_what_fools_the_suspect_model_and_not_its_copy():
     found = Found({"one": Brighter()}, targets, torch.tensor([[1.0, 1.0]]), torch.ones(1, 2))
     course = SimpleNamespace(before=called(0.65, 3, 0), generator=torch.Generator())
     settings = bi_bau.Settings(inner_steps=0)
-    for reference, wanted in ((None, [1, 2]), (called(0.75, 2, 0), [1])):
-        moved, kept = bi_bau._examples(course, found, images, y, settings, reference)
+    none, learnt, copy_ = torch.tensor([], dtype=torch.int64), torch.tensor([3]), called(0.75, 2, 0)
+    for reference, exempt, wanted in (
+        (None, None, [1, 2]),
+        (copy_, none, [1]),
+        (copy_, learnt, [1, 2]),
+        (copy_, torch.tensor([1]), [1]),
+    ):
+        moved, kept = bi_bau._examples(course, found, images, y, settings, reference, exempt)
         torch.testing.assert_close(moved, images + 0.5)
         assert kept.tolist() == wanted
 

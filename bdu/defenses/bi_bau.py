@@ -51,6 +51,7 @@ from bdu.defenses.course import (
     read_options,
     share_called,
 )
+from bdu.defenses.deficit import LEAST_DEFICIT, deficits
 from bdu.defenses.feature_shift import LEAST_KEPT, alphas, shift_features
 from bdu.defenses.inversion import Inversion, Inverted, invert_trigger
 from bdu.defenses.protocol import DefenderData, Result
@@ -132,12 +133,18 @@ def run(
     for epoch in course.stage("unlearn", s.rounds * s.epochs, optimizer, begin=begin):
         number = epoch // s.epochs
         found = _inverted(course, number, s, reference)
+        learnt = None
+        if isinstance(found, Found):
+            missing = deficits(course, found.targets) >= LEAST_DEFICIT
+            found, learnt = found.drawing(missing), found.targets[missing]
         cosine(optimizer, s.lr, epoch, s.rounds * s.epochs)
         course.student.train(s.train_batch_norm)
         for batch in course.batches(data.clean, s.batch_size):
             images = as_unit_float(batch.x)
             count = math.ceil(s.share * len(images))
-            moved, kept = _examples(course, found, images[:count], batch.y[:count], s, reference)
+            moved, kept = _examples(
+                course, found, images[:count], batch.y[:count], s, reference, learnt
+            )
             images, moved = course.alike(images, torch.cat([moved, images[count:]]))
             moved = moved[kept]
             suspect = course.before(images) if s.distillation else None
@@ -232,8 +239,12 @@ def _examples(
     y: Tensor,
     s: Settings,
     reference: nn.Module | None,
+    learnt: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """x̃, and the numbers of those that activate the backdoor."""
+    """x̃, and the numbers of those that activate the backdoor.
+
+    Where f_bd calls x̃ one of the classes `learnt` by a trigger, the reference need not know better.
+    """
     if isinstance(found, Found):
         base = found.move(images, y, course.generator)
         with torch.no_grad():
@@ -257,7 +268,8 @@ def _examples(
         with torch.no_grad():
             logits = course.before(moved)
     active = (logits.argmax(1) == wanted) & (wanted != y)
-    if reference is not None:
+    if reference is not None and learnt is not None:
         with torch.no_grad():
-            active &= reference(moved).argmax(1) == y
+            known = reference(moved).argmax(1) == y
+        active &= known | torch.isin(wanted, learnt)
     return moved, torch.nonzero(active).flatten()

@@ -29,7 +29,7 @@ classes, a backward a class and model over one batch besides.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -202,6 +202,17 @@ class Found:
         for kind, module in operators.items():
             module.load_state_dict(state["operators"][kind])
         return cls(operators, targets, state["fooled"], state["sizes"], state["strict"])
+
+    def drawing(self, rows: Tensor) -> Found:
+        """A copy that draws the operators of `rows`, (T,) bool, as though they always worked.
+
+        Warps are left out: what spoils images for every model has nothing to say of a class.
+        """
+        fooled = self.fooled.clone()
+        for kind, operator in enumerate(self.operators.values()):
+            if not operator.always_strict:
+                fooled[kind, rows] = 1.0
+        return replace(self, fooled=fooled)
 
     def move(self, images: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
         """Images, each under an operator that is drawn by J⁸ and not that of its own class."""
