@@ -8,8 +8,8 @@
     all anomalies and deficits < `threshold`: f_bd looks clean and is returned as it is
     else of the candidates that at least halve the residue = max over the suspicious t of the share
     of images that φ_t turns, and whose clean accuracy is within `accuracy_margin` of the best such,
-    that with the lowest residue, and of two alike the one to which it comes back less: half-way on
-    the line to f_bd, or after five of the defender's own images under φ_t were taught as t
+    that with the least of residue + what comes back: the larger residue of that half-way on the
+    line to f_bd and that after five of the defender's own images under φ_t were taught as t
 
 Small changes also fool a model that was never backdoored, but what fools it spoils the image for a
 copy with a new last layer, too: natural weaknesses are in the data and transfer, a backdoor is in
@@ -264,9 +264,8 @@ def _chosen(
     best = max(accuracy for accuracy, _, _ in (removed or judged).values())
     least = best - s.accuracy_margin - standard_error(best, count)
     good = {n: values for n, values in (removed or judged).items() if values[0] >= least}
-    # What the validation split cannot tell apart counts as alike.
-    apart = 2 * standard_error(min(residue for _, residue, _ in good.values()), count)
-    name = min(good, key=lambda n: (round(good[n][1] / apart), good[n][2]))
+    # Not the residue alone: a removal that leaves less by chance may be gone with a few steps.
+    name = min(good, key=lambda n: good[n][1] + good[n][2])
     accuracy, residue, back = judged[name]
     targets = found.targets[suspicious.any(0)].tolist()
     classes = [str(t) for t in targets if t != NEXT]

@@ -186,7 +186,7 @@ def test_a_deficit_makes_operators_suspicious_where_none_of_its_class_stands_out
         assert suspicious.int().tolist() == expected
 
 
-def test_the_least_residue_wins_among_those_that_kept_their_accuracy(planted, cleaned, judge):
+def test_the_least_that_is_left_wins_among_those_that_kept_their_accuracy(planted, cleaned, judge):
     suspect, good = planted.model.state_dict(), cleaned.model.state_dict()
     blank = {name: torch.zeros_like(value) for name, value in suspect.items()}
     name, reason = judge.choose({"suspect": suspect, "cleaned": good, "blank": blank})
