@@ -235,7 +235,8 @@ def test_a_candidate_is_retuned_with_five_inverted_triggers(judge, target, monke
 
 def test_what_removes_nothing_is_not_chosen_for_its_accuracy(planted, cleaned, judge):
     suspect, good = planted.model.state_dict(), cleaned.model.state_dict()
-    worse = {n: v * (0.7 if v.is_floating_point() else 1) for n, v in good.items()}
+    worse = {name: value.clone() for name, value in good.items()}
+    list(worse.values())[-1][3] -= 1e3  # the last bias: no image is called a 3 any more
     name, _ = judge.choose({"suspect": suspect, "cleaned": worse}, accuracy_margin=0.0)
     assert name == "cleaned"
 
