@@ -740,6 +740,33 @@ def test_bi_bau_trains_on_what_fools_the_suspect_model_and_not_its_copy():
         assert kept.tolist() == wanted
 
 
+@pytest.mark.parametrize(
+    ("deficit", "options", "expected"),
+    [(3.0, {}, 0.2), (3.0, {"pattern_size": 0.0}, None), (2.9, {}, None)],
+)
+def test_bi_bau_adds_random_patterns_where_a_class_was_learnt_by_its_trigger(
+    planted, monkeypatch, deficit, options, expected
+):
+    seen = []
+
+    def look(images, size, generator):
+        seen.append((len(images), size))
+        return 1 - images
+
+    monkeypatch.setattr(bi_bau, "deficits", lambda _, targets: deficit * (targets == 3).float())
+    monkeypatch.setattr(bi_bau, "with_random_patterns", look)
+    own = build("smallcnn", num_classes=10, in_channels=1, seed=1).eval()
+    given = {**TINY["bi-bau"], "rounds": 1, "batch_size": 64, "share": 0.5, "augment": False}
+    given |= {"reference": own, "seed": 0, "progress": False, **options}
+    looked = bi_bau.run(planted.model, planted.data(), **given)
+    batches = [] if expected is None else [32, 32, 32, 4]
+    assert seen == [(count, expected) for count in batches]
+    monkeypatch.setattr(bi_bau, "with_random_patterns", lambda images, *_: images)
+    other = bi_bau.run(planted.model, planted.data(), **given)
+    changed = differing(looked.model.state_dict(), other.model.state_dict())
+    assert bool(changed) == (expected is not None)
+
+
 # What is done to a removal.
 
 

@@ -55,6 +55,7 @@ from bdu.defenses.deficit import LEAST_DEFICIT, deficits
 from bdu.defenses.feature_shift import LEAST_KEPT, alphas, shift_features
 from bdu.defenses.inversion import Inversion, Inverted, invert_trigger
 from bdu.defenses.protocol import DefenderData, Result
+from bdu.defenses.random_patterns import with_random_patterns
 
 NAME = "bi-bau"
 
@@ -82,6 +83,8 @@ class Settings(Distilled):
             [0, 1].
         adversarial_weight: of CE(f(x̃), y), ≥ 0.
         share: of every batch, in [0, 1], that x̃ are made of.
+        pattern_size: ≥ 0, mean |pattern| at most of the random patterns that all images are trained
+            under as well, where a reference and a class that was learnt by its trigger are there.
         lr, momentum, weight_decay: of SGD; lr falls as a cosine over the whole run.
         batch_size: samples a step.
         train_batch_norm: whether batch norm takes the statistics of clean batches meanwhile.
@@ -96,6 +99,7 @@ class Settings(Distilled):
     radius: float = 4 / 255
     adversarial_weight: float = 1.0
     share: float = 1.0
+    pattern_size: float = 0.2
     lr: float = 1e-3
     momentum: float = 0.9
     weight_decay: float = 5e-4
@@ -106,8 +110,8 @@ class Settings(Distilled):
         super().__post_init__()
         check_numbers(self, counts=("rounds", "epochs", "inversion_steps", "batch_size"))
         check_numbers(self, positive=("lr",), shares=("share",))
-        at_least_zero = ("inner_steps", "inner_lr", "radius", "adversarial_weight")
-        check_numbers(self, at_least_zero=(*at_least_zero, "momentum", "weight_decay"))
+        check_numbers(self, at_least_zero=("inner_steps", "inner_lr", "radius", "pattern_size"))
+        check_numbers(self, at_least_zero=("adversarial_weight", "momentum", "weight_decay"))
         if self.reference_epochs:
             check_numbers(self, counts=("reference_epochs",))
 
@@ -147,6 +151,10 @@ def run(
             )
             images, moved = course.alike(images, torch.cat([moved, images[count:]]))
             moved = moved[kept]
+            if learnt is not None and len(learnt) and s.pattern_size:
+                patterned = with_random_patterns(images[:count], s.pattern_size, course.generator)
+                moved = torch.cat([moved, patterned])
+                kept = torch.cat([kept, torch.arange(count, device=kept.device)])
             suspect = course.before(images) if s.distillation else None
             logits = course.student(torch.cat([images, moved]))
             loss = course.clean_loss(
