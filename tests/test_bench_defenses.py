@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,23 @@ def test_rows_of_an_earlier_table_count_as_run_where_the_settings_are_todays(def
     table.adopt([row(defenses, case, "fst"), old, elsewhere], [case])
     cells = sorted(file.name for file in (table.runs / "cells").rglob("*.json"))
     assert cells == [table.cell(case, "fst", 0, False).name]
+
+
+def test_what_a_case_is_to_have(defenses):
+    def names(case, anchored=False):
+        every = defenses.planned(case, defenses.DEFENSES)
+        return [defense for defense, is_anchored in every if is_anchored == anchored]
+
+    control, badnets = defenses.cases()[0], defenses.twelve()[0]
+    assert names(badnets) == list(defenses.DEFENSES)
+    assert names(control) == [d for d in defenses.DEFENSES if d != "balanced"]
+    usual = [d for d in defenses.DEFENSES if d not in defenses.DISTILLED]
+    for other in (replace(badnets, seed=1), replace(badnets, rate=0.01)):
+        assert names(other) == usual
+        assert names(other, anchored=True) == []
+    published = ["fine-tuning", "fst", "ulrl", "bi-bau", "tsbd", "i-bau", "sau", "pam", "tbar"]
+    assert names(badnets, anchored=True) == names(control, anchored=True) == published
+    assert defenses.planned(control, ["fst"]) == [("fst", False), ("fst", True)]
 
 
 def test_cells_that_are_there_are_not_replaced(defenses, table):
