@@ -61,7 +61,7 @@ NAME = "bi-bau"
 
 AGAINST_A_REFERENCE = {
     "rounds": 1,
-    "lr": 1e-2,
+    "lr": 3e-2,
     "inner_steps": 0,
     "distillation": 0.9,
     "train_batch_norm": True,
