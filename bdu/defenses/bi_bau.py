@@ -25,7 +25,8 @@ Cost of a round: `inversion_steps` forwards and input backwards of two models ov
 suspect model alone in the first; then over every batch, `inner_steps` forwards and input backwards
 and two forwards of the suspect model, two forwards and a backward of the student. The reference
 costs `reference_epochs` forwards and backwards over the clean samples, up to three times, a forward
-of its own over every batch, and inversion against it what classwise.py says.
+of its own over every batch, and inversion against it what classwise.py says; random patterns cost
+another forward and backward of the student over every batch.
 """
 
 from __future__ import annotations
