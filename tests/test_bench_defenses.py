@@ -56,7 +56,7 @@ def test_what_a_case_is_to_have(defenses):
     assert names(badnets) == list(defenses.DEFENSES)
     assert names(control) == [d for d in defenses.DEFENSES if d != "balanced"]
     usual = [d for d in defenses.DEFENSES if d not in defenses.DISTILLED]
-    for other in (replace(badnets, seed=1), replace(badnets, rate=0.01)):
+    for other in (defenses.twelve()[1], replace(badnets, seed=1), replace(badnets, rate=0.01)):
         assert names(other) == usual
         assert names(other, anchored=True) == []
     published = ["fine-tuning", "fst", "ulrl", "bi-bau", "tsbd", "i-bau", "sau", "pam", "tbar"]
