@@ -102,6 +102,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sau": {"epochs": 20, "lr": 5e-4},  # 100 at 1e-4: five times the time
     "sau, ours": {"epochs": 20, "lr": 5e-4, "distillation": 0.9},
     "pam": {"epochs": 10},  # of a round; 30
+    "pam, ours": {"epochs": 10, "distillation": 0.9, "rho": 0.1, "triggered_share": 0.05},
 }
 
 
