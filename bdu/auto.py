@@ -8,8 +8,9 @@
     all anomalies and deficits < `threshold`: f_bd looks clean and is returned as it is
     else of the candidates that at least halve the residue = max over the suspicious t of the share
     of images that φ_t turns, and whose clean accuracy is within `accuracy_margin` of the best such,
-    that with the least of residue + what comes back: the larger residue of that half-way on the
-    line to f_bd and that after five of the defender's own images under φ_t were taught as t
+    that with the least of residue + what comes back − clean accuracy; what comes back is the larger
+    residue of that half-way on the line to f_bd and that after five of the defender's own images
+    under φ_t were taught as t
 
 Small changes also fool a model that was never backdoored, but what fools it spoils the image for a
 copy with a new last layer, too: natural weaknesses are in the data and transfer, a backdoor is in
@@ -264,16 +265,22 @@ def _chosen(
     best = max(accuracy for accuracy, _, _ in (removed or judged).values())
     least = best - s.accuracy_margin - standard_error(best, count)
     good = {n: values for n, values in (removed or judged).items() if values[0] >= least}
-    # Not the residue alone: a removal that leaves less by chance may be gone with a few steps.
-    name = min(good, key=lambda n: good[n][1] + good[n][2])
+    # Not the residue alone: a removal that leaves less by chance may be gone with a few steps. And
+    # a point of accuracy is worth a point of it, so that chance does not decide among good ones.
+    name = min(good, key=lambda n: good[n][1] + good[n][2] - good[n][0])
     accuracy, residue, back = judged[name]
     targets = found.targets[suspicious.any(0)].tolist()
     classes = [str(t) for t in targets if t != NEXT]
+    others = "; ".join(
+        f"{n}: {left:.2f}, {again:.2f}, {kept:.3f}"
+        for n, (kept, left, again) in judged.items()
+        if n != name
+    )
     reason = (
         f"chose {name} of {', '.join(judged)}: a change that turned {worked:.2f} of held-out "
         f"images (to class {', '.join(classes) or 'any'}) turns {residue:.2f} after it and "
         f"{back:.2f} half-way back or retuned; clean accuracy {accuracy:.3f} on the validation "
-        "split"
+        f"split ({others})"
     )
     if not removed:
         reason += "; that is no removal, and no candidate found one"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import replace
 
 import pytest
@@ -209,6 +210,17 @@ def test_of_two_alike_that_wins_to_which_it_comes_back_less(planted, cleaned, ju
         name, reason = judge.choose(twice)
         assert name == expected
         assert "half-way back or retuned" in reason
+
+
+def test_of_two_that_leave_the_same_that_wins_which_is_more_accurate(judge, cleaned, monkeypatch):
+    good = cleaned.model.state_dict()
+    for accuracies in ({"first": 0.9, "second": 0.895}, {"first": 0.895, "second": 0.9}):
+        in_turn = iter(accuracies.values())
+        monkeypatch.setattr(auto, "share_called", lambda *_, each=in_turn: next(each))
+        name, reason = judge.choose({"first": good, "second": dict(good)})
+        assert name == max(accuracies, key=accuracies.__getitem__)
+        (other,) = accuracies.keys() - {name}
+        assert re.search(rf"{name} .* 0\.900 .*\({other}: .*, 0\.895\)", reason)
 
 
 @pytest.mark.parametrize("target", [TARGET, NEXT])
