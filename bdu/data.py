@@ -509,7 +509,8 @@ def split_indices(
         sizes: of each set, a count (int) or a share of N (float in [0, 1]).
         seed: of a generator of its own.
         tracks: (N,), integer, beside labels: samples of one class and track stay together, and a
-            set has as many samples as whole tracks allow.
+            set has as many samples as whole tracks allow. A class of k tracks is in the first set
+            if that is a share of more than about 1 / 2k.
 
     Returns:
         One int64 tensor for each size, in a random order.
@@ -532,15 +533,19 @@ def split_indices(
             raise ValueError(f"tracks: expected as many as labels, got {tuple(tracks.shape)}")
         return _split_tracks(labels.cpu(), tracks.cpu(), counts, generator)
     order = torch.randperm(total, generator=generator)
-    if labels is not None and total:
-        rank = torch.empty(total, dtype=torch.float64)
-        shuffled = labels.cpu()[order]
-        for label in shuffled.unique():
-            places = (shuffled == label).nonzero().flatten()
-            rank[places] = (torch.arange(len(places), dtype=torch.float64) + 0.5) / len(places)
-        # a stable sort of a shuffled sequence breaks ties at random
-        order = order[torch.argsort(rank, stable=True)]
+    if labels is not None:
+        order = _in_proportion(order, labels.cpu())
     return list(order[: sum(counts)].split(counts)) if counts else []
+
+
+def _in_proportion(order: Tensor, labels: Tensor) -> Tensor:
+    """These indices by rank (see `split_indices`) within their class, equal ranks as they were."""
+    rank = torch.empty(len(order), dtype=torch.float64)
+    own = labels[order]
+    for label in own.unique():
+        places = (own == label).nonzero().flatten()
+        rank[places] = (torch.arange(len(places), dtype=torch.float64) + 0.5) / len(places)
+    return order[torch.argsort(rank, stable=True)]
 
 
 def save_npz(path: str | os.PathLike[str], **arrays: np.ndarray | Tensor) -> None:
@@ -581,4 +586,5 @@ def _split_tracks(
     part_of = torch.empty(len(units), dtype=torch.int64)
     part_of[order] = torch.searchsorted(bounds.to(middles), middles, right=True)
     shuffled = torch.randperm(len(labels), generator=generator)
-    return [shuffled[part_of[unit_of[shuffled]] == part] for part in range(len(counts))]
+    parts = [shuffled[part_of[unit_of[shuffled]] == part] for part in range(len(counts))]
+    return [_in_proportion(part, labels) for part in parts]

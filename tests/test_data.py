@@ -400,6 +400,8 @@ def test_a_split_keeps_tracks_whole_and_classes_in_proportion():
     assert sum(map(len, units)) == len(units[0] | units[1] | units[2])
     for part, tracks_of_a_class in zip(parts, (1, 2, 7), strict=True):
         assert torch.equal(labels[part].bincount(), torch.full((43,), 30 * tracks_of_a_class))
+    for part in parts:
+        assert torch.equal(labels[part[:43]].bincount(), torch.ones(43, dtype=torch.int64))
     again = split_indices(labels, [0.1, 0.2, 0.7], seed=0, tracks=tracks)
     assert all(map(torch.equal, parts, again))
     other = split_indices(labels, [0.1], seed=1, tracks=tracks)
