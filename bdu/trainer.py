@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from typing import Any
@@ -87,6 +88,7 @@ def unlearn(
     )
     if device_of(model) != target_device:
         model = copy.deepcopy(model).to(target_device)
+    _warn_of_absent_classes(model, data)
     is_bare = _returns_a_tensor(model, data)
     result = METHODS[method](
         model if is_bare else _with_logits_alone(model),
@@ -212,3 +214,19 @@ def _check_fits(model: nn.Module, data: DefenderData) -> None:
                 raise ValueError(
                     f"{name}: expected labels below {classes} (the model's outputs), got {highest}"
                 )
+
+
+_NAMED = 8  # classes, in a warning
+
+
+def _warn_of_absent_classes(model: nn.Module, data: DefenderData) -> None:
+    classes = predict(model, data.clean.x[:1]).shape[1]
+    y = torch.cat([part.y for part in (data.clean, data.clean_validation)])
+    absent = torch.nonzero(torch.bincount(y, minlength=classes) == 0).flatten().tolist()
+    if absent:
+        some = ", ".join(map(str, absent[:_NAMED])) + (", ..." if len(absent) > _NAMED else "")
+        warnings.warn(
+            f"clean: has no sample of {len(absent)} of the model's {classes} classes ({some}); "
+            "what the model knows of them may be lost",
+            stacklevel=3,
+        )

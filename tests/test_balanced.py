@@ -282,6 +282,14 @@ def test_data_that_do_not_fit_are_refused_by_name_and_nothing_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_classes_without_a_clean_sample_are_warned_of(planted):
+    x, y = planted.clean
+    some = ~torch.isin(y, torch.tensor([2, 7]))
+    message = r"^clean: has no sample of 2 of the model's 10 classes \(2, 7\); what the model knows"
+    with pytest.warns(UserWarning, match=message):
+        planted.unlearn(clean=(x[some], y[some]))
+
+
 def test_images_that_the_model_does_not_take_are_refused_by_name(planted):
     clean, bad = ((x.repeat(1, 3, 1, 1), y) for x, y in (planted.clean, planted.triggered))
     message = r"^clean: expected images that the model takes, got \(3, 8, 8\)"
