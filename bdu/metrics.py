@@ -7,6 +7,7 @@ images serves them all; `evaluate` makes those passes.
 from __future__ import annotations
 
 import copy
+import numbers
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -37,13 +38,16 @@ def target_labels(y: Tensor, target: Target, num_classes: int) -> Tensor:
     if num_classes < 2:
         raise ValueError(f"num_classes: expected at least 2, got {num_classes}")
     y = check_labels(y, num_classes)
-    if isinstance(target, str):
-        if target != ALL_TO_ALL:
-            raise ValueError(f"target: expected a class or {ALL_TO_ALL!r}, got {target!r}")
+    if isinstance(target, str) and target == ALL_TO_ALL:
         return (y + 1) % num_classes
-    if not 0 <= target < num_classes:
-        raise ValueError(f"target: expected a class in 0 to {num_classes - 1}, got {target}")
-    return torch.full_like(y, target)
+    # a tensor of integers would take 1.5 and True, too, and cut them to 1
+    is_integer = isinstance(target, numbers.Integral) and not isinstance(target, bool)
+    if not is_integer or not 0 <= int(target) < num_classes:
+        raise ValueError(
+            f"target: expected an integer in [0, {num_classes - 1}] or {ALL_TO_ALL}, "
+            f"got {target!r}"
+        )
+    return torch.full_like(y, int(target))
 
 
 def predict(
@@ -93,6 +97,22 @@ def predict(
         bad = int((~torch.isfinite(result)).any(1).sum())
         raise FloatingPointError(f"model: expected finite outputs, {bad} of {len(x)} are not")
     return result
+
+
+def _predicted(
+    model: nn.Module,
+    x: Tensor,
+    num_classes: int,
+    batch_size: int,
+    transform: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """(N,) predicted classes; a model of other classes would never be seen to call the target."""
+    logits = predict(model, x, batch_size=batch_size, transform=transform)
+    if logits.shape[1] != num_classes:
+        raise ValueError(
+            f"model: expected {num_classes} outputs (num_classes), got {logits.shape[1]}"
+        )
+    return logits.argmax(1)
 
 
 def _share(hits: Tensor, of: Tensor, name: str, expected: str) -> float:
@@ -218,7 +238,8 @@ def evaluate(
         false_target_rate, which are None without a trigger.
 
     Raises:
-        ValueError: as the functions above, or only one of trigger and target.
+        ValueError: as the functions above, only one of trigger and target, or a model with
+            another number of outputs than num_classes.
     """
     if (trigger is None) != (target is None):
         missing = "trigger" if trigger is None else "target"
@@ -226,7 +247,7 @@ def evaluate(
     y = check_labels(y, num_classes).cpu()
     if len(y) != len(x):
         raise ValueError(f"y: expected {len(x)} labels, as x, got {len(y)}")
-    clean = predict(model, x, batch_size=batch_size).argmax(1)
+    clean = _predicted(model, x, num_classes, batch_size)
     rates: dict[str, Any] = {
         "clean_accuracy": clean_accuracy(clean, y),
         "per_class_accuracy": per_class_accuracy(clean, y, num_classes),
@@ -239,7 +260,7 @@ def evaluate(
     rates["false_target_rate"] = false_target_rate(clean, y, target, num_classes)
     others = (y != target_labels(y, target, num_classes)).nonzero().flatten()
     images = x[others.to(x.device)]
-    triggered = predict(model, images, batch_size=batch_size, transform=trigger).argmax(1)
+    triggered = _predicted(model, images, num_classes, batch_size, trigger)
     rates["attack_success_rate"] = attack_success_rate(triggered, y[others], target, num_classes)
     rates["robust_accuracy"] = robust_accuracy(triggered, y[others], target, num_classes)
     return rates
@@ -293,6 +314,6 @@ def path_success_rates(
         }
         between.load_state_dict(mixed)
         images = x[others.to(x.device)]
-        called = predict(between, images, batch_size=batch_size, transform=trigger).argmax(1)
+        called = _predicted(between, images, num_classes, batch_size, trigger)
         rates.append(attack_success_rate(called, y[others].cpu(), target, num_classes))
     return rates

@@ -562,7 +562,7 @@ def test_trigger_larger_than_the_image_is_refused(data, planted, tmp_path, capsy
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--target", "7"), "target: expected a class in 0 to 2, got 7"),
+        (("--target", "7"), r"target: expected an integer in \[0, 2\] or all-to-all, got 7"),
         (("--rate", "1.5"), r"rate: expected a share in \[0, 1\], got 1\.5"),
         (("--defender-clean", "0.9"), "sizes: expected"),
         (("--split", "train"), "split: expected train_x and train_y"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -50,15 +51,19 @@ def white_corner(x):
 def test_target_labels_of_one_class_and_of_all():
     y = torch.tensor([0, 1, 2])
     assert target_labels(y, 1, 3).tolist() == [1, 1, 1]
+    assert target_labels(y, np.int64(1), 3).tolist() == [1, 1, 1]
     assert target_labels(y, "all-to-all", 3).tolist() == [1, 2, 0]
 
 
 @pytest.mark.parametrize(
     ("target", "classes", "message"),
     [
-        (3, 3, "target: expected a class in 0 to 2, got 3"),
+        (3, 3, r"target: expected an integer in \[0, 2\] or all-to-all, got 3"),
         (-1, 3, "target: expected"),
-        ("one-to-one", 3, "target: expected a class or 'all-to-all'"),
+        (1.5, 3, "target: expected .*, got 1.5"),
+        (True, 3, "target: expected .*, got True"),
+        ([1], 3, r"target: expected .*, got \[1\]"),
+        ("one-to-one", 3, "target: expected .*, got 'one-to-one'"),
         (0, 2, "y: expected labels below 2, got 2"),
         (0, 1, "num_classes: expected at least 2"),
     ],
@@ -170,6 +175,13 @@ def test_trigger_without_target_is_refused():
     x, y = images_of([0, 1])
     with pytest.raises(ValueError, match="target: expected a value"):
         evaluate(Reader(), x, y, num_classes=4, trigger=white_corner)
+
+
+@pytest.mark.parametrize("classes", [3, 10])
+def test_model_of_other_classes_is_refused(classes):
+    x, y = images_of([0, 1, 2])
+    with pytest.raises(ValueError, match=rf"model: expected {classes} outputs .*, got 4"):
+        evaluate(Reader(), x, y, num_classes=classes, trigger=white_corner, target=classes - 1)
 
 
 def test_predict_keeps_modes_statistics_and_gradients():
