@@ -44,8 +44,7 @@ def target_labels(y: Tensor, target: Target, num_classes: int) -> Tensor:
     is_integer = isinstance(target, numbers.Integral) and not isinstance(target, bool)
     if not is_integer or not 0 <= int(target) < num_classes:
         raise ValueError(
-            f"target: expected an integer in [0, {num_classes - 1}] or {ALL_TO_ALL}, "
-            f"got {target!r}"
+            f"target: expected an integer in [0, {num_classes - 1}] or {ALL_TO_ALL}, got {target!r}"
         )
     return torch.full_like(y, int(target))
 

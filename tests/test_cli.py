@@ -498,9 +498,15 @@ def test_images_of_another_shape_are_refused(planted, tmp_path, capsys):
     save_npz(small, x=np.zeros((20, 6, 6, 1), np.uint8), y=np.ones(20, np.int64))
     out = tmp_path / "run"
     message = r"features\.0\.weight: expected \(16, 3, 3, 3\)"
-    assert_refused(unlearn(planted, out, clean=colour), message, capsys, tmp_path)
-    message = r"triggered: expected images of \(1, 8, 8\), as in clean, got \(1, 6, 6\)"
-    assert_refused(unlearn(planted, out, triggered=small), message, capsys, tmp_path)
+    assert_refused(unlearn(planted, out, clean=colour, triggered=colour), message, capsys, tmp_path)
+    shown = evaluated(planted)
+    for flag, arguments in {
+        "--triggered": unlearn(planted, out, triggered=small),
+        "--eval-data": unlearn(planted, out, *shown, "--eval-data", small),
+        "--retune-data": unlearn(planted, out, *shown, "--retune-data", small),
+    }.items():
+        message = rf"{flag}: expected images of \(1, 8, 8\), .*, got \(1, 6, 6\)"
+        assert_refused(arguments, message, capsys, tmp_path)
 
 
 def test_missing_triggered_samples_are_refused(planted, tmp_path, capsys):

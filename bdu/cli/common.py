@@ -215,14 +215,19 @@ def images(
     """Images of ``path`` in the size asked for; an error begins with the flag.
 
     Args:
-        like: class folders are labelled by the names of its classes, where it has any; some may be
-            absent.
+        like: images read before, whose shape these must have: in another size a trigger would lie
+            elsewhere. Class folders are labelled by the names of its classes, where it has any;
+            some may be absent.
     """
     classes = like.classes if like is not None and path.is_dir() else None
     try:
-        return load_images(path, split=split, image_size=options.image_size, classes=classes)
+        data = load_images(path, split=split, image_size=options.image_size, classes=classes)
     except (ValueError, FileNotFoundError) as error:
         raise type(error)(f"{flag}: {error}") from error
+    if like is not None and data.x.shape[1:] != like.x.shape[1:]:
+        expected, got = tuple(like.x.shape[1:]), tuple(data.x.shape[1:])
+        raise ValueError(f"{flag}: expected images of {expected}, as those read before, got {got}")
+    return data
 
 
 def build_loaded(options: argparse.Namespace, in_channels: int) -> nn.Module:
