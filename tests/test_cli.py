@@ -509,6 +509,32 @@ def test_images_of_another_shape_are_refused(planted, tmp_path, capsys):
         assert_refused(arguments, message, capsys, tmp_path)
 
 
+@pytest.mark.parametrize("command", ["unlearn", "evaluate"])
+@pytest.mark.parametrize(
+    ("y", "message"),
+    [
+        ([0, 0, 2], "at least 5 images that are not of the target class, got 3"),
+        ([1] * 20, "at least 5 images that are not of the target class, got 0"),
+        ([0] * 19 + [7], "labels below 3, got 7"),
+    ],
+)
+def test_retune_data_that_do_not_fit_are_refused_before_the_run(
+    planted, tmp_path, capsys, monkeypatch, command, y, message
+):
+    monkeypatch.setattr(unlearn_command, "unlearn", None)
+    file = tmp_path / "retune.npz"
+    save_npz(file, x=images(len(y))["x"], y=np.array(y))
+    arguments = {
+        "unlearn": unlearn(planted, tmp_path / "run", *evaluated(planted)),
+        "evaluate": on(
+            *(planted, "evaluate", "--data", planted / "evaluator.npz"),
+            *("--attack", planted / "attack.json", "--out", tmp_path / "rates.json"),
+        ),
+    }[command]
+    message = f"--retune-data: expected {message}"
+    assert_refused([*arguments, "--retune-data", file], message, capsys, tmp_path)
+
+
 def test_missing_triggered_samples_are_refused(planted, tmp_path, capsys):
     arguments = on(
         *(planted, "unlearn", "--clean", planted / "defender_clean.npz"),

@@ -19,7 +19,7 @@ from bdu.attacks import ATTACKS, Trigger, load_attack, make_attack
 from bdu.attacks.retune import retune
 from bdu.attacks.trigger import triggered_like
 from bdu.checkpoint import load_into, load_state_dict
-from bdu.data import ImageData, as_unit_float, load_images, split_indices
+from bdu.data import ImageData, as_unit_float, check_labels, load_images, split_indices
 
 RETUNE_POISONED = 5
 
@@ -260,6 +260,29 @@ def rates(
     )
 
 
+def retune_labels(
+    model: nn.Module, retune_data: ImageData, wanted: metrics.Target
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the retune attack takes of its data: the attacker's labels, and whom to give them to.
+
+    Returns:
+        (N,) int64 labels, and the indices of the images whose own class is another one.
+
+    Raises:
+        ValueError: labels that the model does not have, or too few images to poison.
+    """
+    classes = metrics.predict(model, retune_data.x[:1]).shape[1]
+    check_labels(retune_data.y, classes, "--retune-data")
+    labels = metrics.target_labels(retune_data.y, wanted, classes)
+    candidates = (retune_data.y != labels).nonzero().flatten()
+    if len(candidates) < RETUNE_POISONED:
+        raise ValueError(
+            f"--retune-data: expected at least {RETUNE_POISONED} images that are not of the "
+            f"target class, got {len(candidates)}"
+        )
+    return labels, candidates
+
+
 def retuned_rate(
     model: nn.Module,
     retune_data: ImageData,
@@ -269,14 +292,7 @@ def retuned_rate(
     seed: int,
 ) -> float:
     """Attack success rate after the retune attack with five poisoned samples."""
-    classes = metrics.predict(model, evaluation.x[:1]).shape[1]
-    labels = metrics.target_labels(retune_data.y, wanted, classes)
-    candidates = (retune_data.y != labels).nonzero().flatten()
-    if len(candidates) < RETUNE_POISONED:
-        raise ValueError(
-            f"--retune-data: expected at least {RETUNE_POISONED} images that are not of the "
-            f"target class, got {len(candidates)}"
-        )
+    labels, candidates = retune_labels(model, retune_data, wanted)
     chosen = candidates[split_indices(len(candidates), [RETUNE_POISONED], seed)[0]]
     attacked = retune(
         model,
@@ -344,6 +360,7 @@ __all__ = [
     "evaluators_view",
     "images",
     "rates",
+    "retune_labels",
     "retuned_rate",
     "settings",
     "table",

@@ -28,14 +28,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Load, measure, print."""
     trigger, target = common.evaluators_view(options)
+    if options.retune_data is not None and trigger is None:
+        raise ValueError("--retune-data: expected --attack or --trigger, and --target, with it")
     data = common.images(options.data, options, "--data", options.split)
+    retune_data = None
+    if options.retune_data is not None:
+        retune_data = common.images(options.retune_data, options, "--retune-data", like=data)
     model = common.build_loaded(options, data.x.shape[1])
     rates = common.rates(model, data, trigger, target)
     print(common.table([("", rates)]))
-    if options.retune_data is not None:
-        if trigger is None or target is None:
-            raise ValueError("--retune-data: expected --attack or --trigger, and --target, with it")
-        retune_data = common.images(options.retune_data, options, "--retune-data", like=data)
+    if retune_data is not None and trigger is not None and target is not None:
         retuned = common.retuned_rate(model, retune_data, data, trigger, target, options.seed)
         rates["retuned_attack_success_rate"] = retuned
         print(f"ASR after the retune attack {100 * retuned:.2f} %")

@@ -120,6 +120,8 @@ def run(options: argparse.Namespace) -> None:
     before = None
     if evaluation is not None:
         before = common.rates(model, evaluation, trigger, target)
+    if retune_data is not None and target is not None:
+        common.retune_labels(model, retune_data, target)
     directory = RunDirectory(options.out)
     config = {"command": "unlearn", **common.config(options)}
     if is_dry_run:
