@@ -61,7 +61,7 @@ def test_positions_place_the_patch(position, margin, corner):
         ({"position": (-1, 0)}, "got row -1"),
         ({"margin": 6}, "within 8x8"),
         ({"position": "middle"}, "position: expected top-left"),
-        ({"margin": -1}, "margin: expected 0 or more"),
+        ({"margin": -1}, "margin: expected an integer at least 0, got -1"),
         ({"pattern": torch.full((3, 3), 1.5)}, r"pattern: expected float values in \[0, 1\]"),
         ({"pattern": torch.ones(2, 3, 3)}, "pattern: expected .1 or 3, H, W"),
         ({"weight": torch.ones(2, 2)}, r"weight: expected \(3, 3\)"),

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from bdu.attacks import (
@@ -14,6 +15,7 @@ from bdu.attacks import (
     Prepared,
     Saved,
     load_attack,
+    load_target,
     make_attack,
     poison,
 )
@@ -277,13 +279,52 @@ def test_file_that_is_not_there_or_no_safetensors_is_refused(tmp_path):
         make_attack("trojannn", file=tmp_path / "nowhere.safetensors")
     with pytest.raises(ValueError, match=r"file: expected the suffix .safetensors"):
         read_tensors(tmp_path / "t.pt", {})
+    with pytest.raises(ValueError, match=r"file: expected the suffix .safetensors, got 5"):
+        read_tensors(5, {})
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"trigger": 3}'])
+DEEP = '{"trigger": ' + 100_000 * "[" + 100_000 * "]" + "}"
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"trigger": 3}', DEEP], ids=range(5))
 def test_file_that_is_no_attack_json_is_refused(tmp_path, text):
     (tmp_path / "attack.json").write_text(text)
-    with pytest.raises(ValueError, match=r"path: expected an attack.json with a trigger"):
+    with pytest.raises(ValueError, match=r"path: expected an attack.json"):
         load_attack(tmp_path / "attack.json")
+    with pytest.raises(ValueError, match=r"path: expected an attack.json"):
+        load_target(tmp_path / "attack.json")
+
+
+@pytest.mark.parametrize(
+    ("trigger", "message"),
+    [
+        ({"pattern": [[1]]}, "name: expected one of .*badnets.*, got None"),
+        ({"name": ["badnets"]}, r"name: expected one of .*, got \['badnets'\]"),
+        ({"name": "badnets", "pattern": [[1, 0], [1]]}, "pattern: expected lists of numbers"),
+        ({"name": "badnets", "pattern": [[10**400]]}, "pattern: expected lists of numbers"),
+        ({"name": "badnets", "pattern": None}, "pattern: expected lists of numbers"),
+        ({"name": "badnets", "weight": [[1, 0], [1]]}, "weight: expected lists of numbers"),
+        ({"name": "badnets", "margin": 0.5}, "margin: expected an integer at least 0, got 0.5"),
+        ({"name": "badnets", "position": 5}, r"position: expected \(row, column\), got 5"),
+        ({"name": "bpp", "levels": 10**400}, "levels: expected an integer at least 2"),
+        ({"name": "trojannn", "file": 5}, "file: expected the name of a file beside .*, got 5"),
+        ({"name": "trojannn", "file": "/tmp/t.safetensors"}, "file: expected the name of a file"),
+        ({"name": "trojannn", "file": "../t.safetensors"}, "file: expected the name of a file"),
+        ({"name": "blended", "pattern": "../t.png"}, "pattern: expected the name of a file"),
+        ({"name": "blended", "pattern": ".."}, "pattern: expected the name of a file"),
+    ],
+)
+def test_what_is_wrong_in_an_attack_json_is_named(tmp_path, trigger, message):
+    (tmp_path / "attack.json").write_text(json.dumps({"trigger": trigger}))
+    with pytest.raises(ValueError, match=f"^{message}"):
+        load_attack(tmp_path / "attack.json")
+
+
+def test_picture_named_in_an_attack_json_lies_beside_it(tmp_path):
+    Image.new("L", (2, 2), 255).save(tmp_path / "t.png")
+    trigger = {"name": "badnets", "pattern": "t.png"}
+    (tmp_path / "attack.json").write_text(json.dumps({"trigger": trigger}))
+    assert load_attack(tmp_path / "attack.json").pattern.tolist() == [[[1.0, 1.0], [1.0, 1.0]]]
 
 
 @pytest.mark.parametrize(

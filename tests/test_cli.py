@@ -553,6 +553,14 @@ def test_true_label_without_true_labels_is_refused(planted, tmp_path, capsys):
     assert_refused(arguments, r"triggered: expected \(x, y_target, y_true\)", capsys, tmp_path)
 
 
+def test_attack_json_without_a_target_is_refused(planted, tmp_path, capsys):
+    file = tmp_path / "attack.json"
+    file.write_text('{"trigger": {"name": "badnets"}}')
+    arguments = unlearn(planted, tmp_path / "run", *evaluated(planted), "--attack", file)
+    message = "path: expected an attack.json with a target, got "
+    assert_refused(arguments, message, capsys, tmp_path)
+
+
 def test_pickled_checkpoint_is_refused(planted, tmp_path, capsys):
     file = tmp_path / "model.pt"
     torch.save(build("smallcnn", num_classes=CLASSES, in_channels=1, seed=0), file)

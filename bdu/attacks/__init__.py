@@ -23,6 +23,7 @@ from bdu.attacks.trigger import (
     Poisoner,
     Prepared,
     Saved,
+    Target,
     Trigger,
     load_trigger,
     poison,
@@ -52,7 +53,7 @@ def make_attack(name: str, **options: Any) -> Trigger:
         ValueError: an unknown name (the known ones are listed), or options out of range.
         TypeError: an option that the attack does not have.
     """
-    if name not in ATTACKS:
+    if not isinstance(name, str) or name not in ATTACKS:
         raise ValueError(f"name: expected one of {', '.join(sorted(ATTACKS))}, got {name!r}")
     try:
         return ATTACKS[name](**options)
@@ -61,20 +62,50 @@ def make_attack(name: str, **options: Any) -> Trigger:
 
 
 def load_attack(path: str | os.PathLike[str]) -> Trigger:
-    """The trigger in an attack.json; a file that it names lies relative to that one's folder.
+    """The trigger in an attack.json; a file that it names lies beside it.
 
     Raises:
         FileNotFoundError: no file there, or not the one that it names.
-        ValueError: not an attack.json, or as make_attack.
+        ValueError: not an attack.json, one that names a file elsewhere, or as make_attack.
     """
     path = Path(path)
+    record = _record(path)
+    if not isinstance(record.get("trigger"), dict):
+        raise ValueError(f"path: expected an attack.json with a trigger, got {path}")
+    options = dict(record["trigger"])
+    # what came with a model may not have any file of this machine read
+    for key in ("file", "pattern"):
+        value = options.get(key)
+        if value is None or (key == "pattern" and isinstance(value, list)):
+            continue
+        if not isinstance(value, str) or value in ("", "..") or Path(value).name != value:
+            raise ValueError(f"{key}: expected the name of a file beside {path}, got {value!r}")
+        options[key] = str(path.parent / value)
+    return make_attack(options.pop("name", None), **options)
+
+
+def load_target(path: str | os.PathLike[str]) -> Target:
+    """The target in an attack.json, not checked.
+
+    Raises:
+        FileNotFoundError: no file there.
+        ValueError: not an attack.json, or one without a target.
+    """
+    record = _record(Path(path))
+    if "target" not in record:
+        raise ValueError(f"path: expected an attack.json with a target, got {path}")
+    target: Target = record["target"]
+    return target
+
+
+def _record(path: Path) -> dict[str, Any]:
     try:
-        options = dict(json.loads(path.read_text())["trigger"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"path: expected an attack.json with a trigger, got {path}") from error
-    if options.get("file") is not None:
-        options["file"] = str(path.parent / options["file"])
-    return make_attack(**options)
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"path: expected an attack.json, cannot read {path}: {error}") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"path: expected an attack.json, got {type(record).__name__} in {path}")
+    return record
 
 
 __all__ = [
@@ -97,6 +128,7 @@ __all__ = [
     "TrojanNN",
     "WaNet",
     "load_attack",
+    "load_target",
     "load_trigger",
     "make_attack",
     "poison",

@@ -362,7 +362,7 @@ def check_number(
     if (
         not is_number
         or isinstance(value, bool)
-        or not math.isfinite(value)
+        or not _is_finite(value)
         or not (least <= value <= most and value > above)
     ):
         bounds = [
@@ -374,6 +374,13 @@ def check_number(
         expected = " ".join([kind, *([" and ".join(bounds)] if bounds else [])])
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
     return value
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # of an int that no float holds
+        return False
 
 
 def read_tensors(
@@ -389,7 +396,7 @@ def read_tensors(
         FileNotFoundError: no file there.
         ValueError: another kind of file, other names or shapes, or values that are not finite.
     """
-    if Path(file).suffix != ".safetensors":
+    if not isinstance(file, (str, os.PathLike)) or Path(file).suffix != ".safetensors":
         raise ValueError(f"file: expected the suffix .safetensors, got {file}")
     tensors = load_state_dict(file)
     if tensors.keys() != shapes.keys():
@@ -467,7 +474,7 @@ def as_pattern(source: PatternSource, name: str = "pattern") -> tuple[Tensor, Te
     elif isinstance(source, np.ndarray):
         values = torch.from_numpy(np.ascontiguousarray(source))
     else:
-        values = torch.tensor(source, dtype=torch.float32)
+        values = _numbers(source, name)
     if values.dim() == 2:
         values = values[None]
     if values.dim() != 3 or values.shape[0] not in (1, 3):
@@ -476,9 +483,16 @@ def as_pattern(source: PatternSource, name: str = "pattern") -> tuple[Tensor, Te
     return pattern.clone(), torch.ones(pattern.shape[1:])
 
 
+def _numbers(source: Any, name: str) -> Tensor:
+    try:
+        return torch.as_tensor(source, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"{name}: expected lists of numbers of one length, {error}") from error
+
+
 def as_weight(source: Any, like: Tensor) -> Tensor:
     """Blend weights (H, W) float32 in [0, 1] of the size of the pattern `like`, (C, H, W)."""
-    weight = torch.as_tensor(source, dtype=torch.float32).detach().cpu().clone()
+    weight = _numbers(source, "weight").detach().cpu().clone()
     if weight.shape != like.shape[1:]:
         expected = tuple(like.shape[1:])
         raise ValueError(f"weight: expected {expected} (the pattern), got {tuple(weight.shape)}")
@@ -529,8 +543,7 @@ def place(
 
 def check_position(position: Position, margin: int) -> Position:
     """Return the position, a sequence as a tuple; raise ValueError where it names no place."""
-    if margin < 0:
-        raise ValueError(f"margin: expected 0 or more, got {margin}")
+    check_number(margin, "margin", least=0, whole=True)
     if isinstance(position, str):
         if position not in NAMED_POSITIONS:
             raise ValueError(
@@ -538,7 +551,8 @@ def check_position(position: Position, margin: int) -> Position:
                 f"got {position!r}"
             )
         return position
-    if len(position) != 2 or not all(isinstance(value, int) for value in position):
+    is_pair = isinstance(position, (list, tuple)) and len(position) == 2
+    if not is_pair or not all(isinstance(value, int) for value in position):
         raise ValueError(f"position: expected (row, column), got {position!r}")
     return tuple(position)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ import yaml
 from torch import nn
 
 from bdu import metrics, models
-from bdu.attacks import ATTACKS, Trigger, load_attack, make_attack
+from bdu.attacks import ATTACKS, Trigger, load_attack, load_target, make_attack
 from bdu.attacks.retune import retune
 from bdu.attacks.trigger import triggered_like
 from bdu.checkpoint import load_into, load_state_dict
@@ -178,8 +177,7 @@ def target(options: argparse.Namespace) -> metrics.Target | None:
     if options.target is None:
         name = options.attack
         if name is not None and name.endswith(".json"):
-            recorded: metrics.Target = json.loads(Path(name).read_text())["target"]
-            return recorded
+            return load_target(name)
         return None
     text = str(options.target)
     if text == metrics.ALL_TO_ALL:
