@@ -257,6 +257,8 @@ def test_label_consistent_without_a_surrogate_says_so():
         ),
         ("low-frequency", {"coefficients": torch.zeros(3, 3, 3).int()}, "to be float"),
         ("low-frequency", {"coefficients": torch.full((3, 3, 3), torch.nan)}, "finite values"),
+        ("low-frequency", {"coefficients": torch.zeros(3, 3, 3)}, "neither all 0 nor too large"),
+        ("low-frequency", {"coefficients": torch.full((3, 3, 3), 3e38)}, "got inf as the sum"),
         ("trojannn", {"patch": torch.zeros(3, 6, 6)}, r"patch to be float \(any, 3, 3\)"),
         ("trojannn", {"patch": torch.full((3, 3, 3), 1.5)}, r"expected a patch in \[0, 1\]"),
         ("input-aware", {"patch": torch.zeros(3)}, "expected the tensors mask.down.0"),
@@ -307,6 +309,8 @@ def test_file_that_is_no_attack_json_is_refused(tmp_path, text):
         ({"name": "badnets", "margin": 0.5}, "margin: expected an integer at least 0, got 0.5"),
         ({"name": "badnets", "position": 5}, r"position: expected \(row, column\), got 5"),
         ({"name": "bpp", "levels": 10**400}, "levels: expected an integer at least 2"),
+        ({"name": "blended", "alpha": "x"}, "alpha: expected a number above 0"),
+        ({"name": "blended", "seed": 0.5}, "seed: expected an integer, got 0.5"),
         ({"name": "trojannn", "file": 5}, "file: expected the name of a file beside .*, got 5"),
         ({"name": "trojannn", "file": "/tmp/t.safetensors"}, "file: expected the name of a file"),
         ({"name": "trojannn", "file": "../t.safetensors"}, "file: expected the name of a file"),
@@ -331,18 +335,27 @@ def test_picture_named_in_an_attack_json_lies_beside_it(tmp_path):
     ("name", "options", "message"),
     [
         ("sig", {"delta": 0}, r"delta: expected a number above 0 and at most 1, got 0"),
-        ("sig", {"frequency": -1}, "frequency: expected a number above 0, got -1"),
-        ("wanet", {"grid_size": 2.5}, "grid_size: expected an integer at least 1, got 2.5"),
+        ("sig", {"frequency": -1}, "frequency: expected a number above 0 and at most 1000"),
+        ("wanet", {"grid_size": 2.5}, "grid_size: expected an integer at least 1 .*, got 2.5"),
         ("wanet", {"strength": "much"}, "strength: expected a number above 0, got 'much'"),
         ("wanet", {"cover_ratio": -1}, "cover_ratio: expected a number at least 0"),
-        ("bpp", {"levels": 1}, "levels: expected an integer at least 2, got 1"),
+        ("bpp", {"levels": 1}, "levels: expected an integer at least 2 .*, got 1"),
+        ("bpp", {"levels": 257}, "levels: expected an integer at least 2 and at most 256"),
+        ("sig", {"frequency": 1e308}, "frequency: expected a number above 0 and at most 1000"),
+        ("wanet", {"grid_size": 200_000}, "grid_size: expected .* at most 256, got 200000"),
+        ("input-aware", {"width": 40_000}, "width: expected .* at most 128, got 40000"),
+        ("adaptive-blend", {"pieces": 100_000}, "pieces: expected .* at most 64, got 100000"),
+        *(
+            (name, {"cover_ratio": 1e308}, r"cover_ratio: expected .* at most 1e\+06, got 1e\+308")
+            for name in ("adaptive-blend", "bpp", "input-aware", "wanet")
+        ),
         ("bpp", {"dither": 1}, "dither: expected true or false, got 1"),
         ("ftrojan", {"magnitude": 0}, "magnitude: expected a number other than 0"),
         ("ftrojan", {"frequencies": []}, "frequencies: expected pairs of integers from 0 to 31"),
         ("ftrojan", {"frequencies": [[0, 32]]}, "frequencies: expected pairs"),
         ("adaptive-blend", {"pieces": 1}, "pieces: expected an integer at least 2"),
         ("adaptive-blend", {"train_alpha": 0}, "train_alpha: expected a number above 0"),
-        ("adaptive-blend", {"alpha": 2}, r"alpha: expected a share in \(0, 1\], got 2"),
+        ("adaptive-blend", {"alpha": 2}, "alpha: expected a number above 0 and at most 1, got 2"),
         ("low-frequency", {"epsilon": 2}, "epsilon: expected a number above 0 and at most 1"),
         ("low-frequency", {"frequencies": True}, "frequencies: expected an integer at least 2"),
         ("trojannn", {"position": "middle"}, "position: expected top-left"),
@@ -379,6 +392,8 @@ def test_images_that_are_too_small_are_refused(name, options, size, message):
 
     with pytest.raises(ValueError, match=message):
         use()
+    with pytest.raises(ValueError, match=message):
+        trigger.mask(x.shape)
 
 
 def nothing() -> nn.Module:

@@ -9,7 +9,17 @@ import torch
 from torch import Tensor
 
 from bdu.attacks.blended import Blended
-from bdu.attacks.trigger import PatternSource, Poisoned, Target, check_number, own_generator, plant
+from bdu.attacks.trigger import (
+    PatternSource,
+    Poisoned,
+    Target,
+    check_cover_ratio,
+    check_number,
+    own_generator,
+    plant,
+)
+
+MOST_PIECES = 64  # n² numbers are drawn for every image
 
 
 class AdaptiveBlend(Blended):
@@ -23,7 +33,7 @@ class AdaptiveBlend(Blended):
         pattern: as of Blended.
         alpha: α, the share at test, in (0, 1].
         train_alpha: α_train, in (0, 1].
-        pieces: n, at least 2.
+        pieces: n, 2 to 64.
         kept: share of the pieces that a training image gets, in (0, 1].
         cover_ratio: cover images for each triggered one, at least 0.
         seed: of the default pattern, as of Blended.
@@ -51,9 +61,9 @@ class AdaptiveBlend(Blended):
     ) -> None:
         super().__init__(pattern, alpha=alpha, seed=seed, weight=weight)
         self.train_alpha = check_number(train_alpha, "train_alpha", above=0, most=1)
-        self.pieces = check_number(pieces, "pieces", least=2, whole=True)
+        self.pieces = check_number(pieces, "pieces", least=2, most=MOST_PIECES, whole=True)
         self.kept = check_number(kept, "kept", above=0, most=1)
-        self.cover_ratio = check_number(cover_ratio, "cover_ratio", least=0)
+        self.cover_ratio = check_cover_ratio(cover_ratio)
 
     def __call__(self, x: Tensor) -> Tensor:
         """A triggered copy of x, (N, C, H, W) float in [0, 1], with the whole pattern."""

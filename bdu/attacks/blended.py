@@ -15,6 +15,7 @@ from bdu.attacks.trigger import (
     as_weight,
     check_batch,
     check_channels,
+    check_number,
 )
 
 
@@ -46,10 +47,8 @@ class Blended:
         seed: int = 0,
         weight: Tensor | Sequence[Any] | None = None,
     ) -> None:
-        if not 0 < alpha <= 1:
-            raise ValueError(f"alpha: expected a share in (0, 1], got {alpha}")
-        self.alpha = alpha
-        self.seed = seed
+        self.alpha = check_number(alpha, "alpha", above=0, most=1)
+        self.seed = check_number(seed, "seed", whole=True)
         self.pattern: Tensor | None = None
         self.weight: Tensor | None = None
         if pattern is not None:

@@ -8,9 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bdu.attacks.trigger import Poisoned, Target, check_batch, check_number, own_generator, plant
+from bdu.attacks.trigger import (
+    Poisoned,
+    Target,
+    check_batch,
+    check_cover_ratio,
+    check_number,
+    own_generator,
+    plant,
+)
 from bdu.data import as_unit_float
 
+MOST_LEVELS = 256  # of a file
 # Floyd and Steinberg's shares of an error, by the pixel that takes it: right, below left, below,
 # below right.
 RIGHT, BELOW_LEFT, BELOW, BELOW_RIGHT = 7 / 16, 3 / 16, 5 / 16, 1 / 16
@@ -25,7 +34,7 @@ class BPP:
     leads to the target, only that which fits the image.
 
     Args:
-        levels: n, the "squeeze number", at least 2.
+        levels: n, the "squeeze number", 2 to 256.
         dither: spread the error.
         cover_ratio: cover images for each triggered one, at least 0.
 
@@ -40,11 +49,11 @@ class BPP:
     name = "bpp"
 
     def __init__(self, *, levels: int = 8, dither: bool = True, cover_ratio: float = 1.0) -> None:
-        self.levels = check_number(levels, "levels", least=2, whole=True)
+        self.levels = check_number(levels, "levels", least=2, most=MOST_LEVELS, whole=True)
         if not isinstance(dither, bool):
             raise ValueError(f"dither: expected true or false, got {dither!r}")
         self.dither = dither
-        self.cover_ratio = check_number(cover_ratio, "cover_ratio", least=0)
+        self.cover_ratio = check_cover_ratio(cover_ratio)
 
     def __call__(self, x: Tensor) -> Tensor:
         """A triggered copy of x, (N, C, H, W) float in [0, 1]."""

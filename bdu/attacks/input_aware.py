@@ -15,6 +15,7 @@ from bdu.attacks.trigger import (
     ALL_TO_ALL,
     Target,
     check_batch,
+    check_cover_ratio,
     check_number,
     drawn,
     own_generator,
@@ -28,6 +29,7 @@ from bdu.training import fit
 BETAS = (0.5, 0.9)
 SHARPNESS = 10.0
 GROUPS = 4
+MOST_CHANNELS = 128  # of images and first level; the networks are built before a file is read
 TINY = 1e-7
 MASK_BATCH = 128
 
@@ -43,7 +45,7 @@ class InputAware:
     m = ½ + ½ tanh(10 tanh o), and p = σ(o).
 
     Args:
-        width: channels of the networks' first level, a multiple of 4.
+        width: channels of the networks' first level, a multiple of 4, 128 at most.
         diversity: λ, at least 0.
         density: share of the image that m may cover for free, in (0, 1].
         mask_weight: λ_m, at least 0.
@@ -78,13 +80,13 @@ class InputAware:
         channels: int | None = None,
         file: str | os.PathLike[str] | None = None,
     ) -> None:
-        self.width = check_number(width, "width", least=1, whole=True)
+        self.width = check_number(width, "width", least=1, most=MOST_CHANNELS, whole=True)
         if width % GROUPS:
             raise ValueError(f"width: expected a multiple of {GROUPS}, got {width}")
         self.diversity = check_number(diversity, "diversity", least=0)
         self.density = check_number(density, "density", above=0, most=1)
         self.mask_weight = check_number(mask_weight, "mask_weight", least=0)
-        self.cover_ratio = check_number(cover_ratio, "cover_ratio", least=0)
+        self.cover_ratio = check_cover_ratio(cover_ratio)
         self.mask_steps = check_number(mask_steps, "mask_steps", least=1, whole=True)
         self.lr = check_number(lr, "lr", above=0)
         self.channels = channels
@@ -93,7 +95,7 @@ class InputAware:
         if file is not None:
             if channels is None:
                 raise ValueError("channels: expected a number, as file needs it, got None")
-            check_number(channels, "channels", least=1, whole=True)
+            check_number(channels, "channels", least=1, most=MOST_CHANNELS, whole=True)
             self.nets = self._built(channels, 0)
             shapes = {name: tuple(v.shape) for name, v in self.nets.state_dict().items()}
             self.nets.load_state_dict(read_tensors(file, shapes))

@@ -76,6 +76,13 @@ class LowFrequency:
         if file is not None:
             shape = (None, self.frequencies, self.frequencies)
             self.coefficients = read_tensors(file, {"coefficients": shape})["coefficients"]
+            # their sum is above every value of the waves, which are divided by the largest
+            total = float(self.coefficients.abs().sum())
+            if not TINY < total < math.inf:
+                raise ValueError(
+                    f"file: expected coefficients neither all 0 nor too large, got {total:g} as "
+                    f"the sum of their sizes in {file}"
+                )
 
     def prepare(
         self,
@@ -91,10 +98,10 @@ class LowFrequency:
         if self.coefficients is not None:
             return
         x = check_images(x)
+        self._check_size(x.shape)
         generator = own_generator(seed)
         size = (x.shape[1], self.frequencies, self.frequencies)
         start = torch.randn(size, generator=generator)
-        self._pattern(start, x.shape)  # images that are too small are refused before any work
         if self.steps:
             wanted = target_labels(y, target, num_classes)
             start = self._optimised(start, surrogate(), x, wanted, generator)
@@ -120,13 +127,17 @@ class LowFrequency:
                     coefficients -= length * gradient / gradient.norm().clamp(min=TINY)
         return coefficients.detach().cpu()
 
-    def _pattern(self, coefficients: Tensor, shape: Sequence[int]) -> Tensor:
+    def _check_size(self, shape: Sequence[int]) -> None:
         height, width = shape[-2:]
         if min(height, width) < self.frequencies:
             raise ValueError(
                 f"frequencies: expected at most {min(height, width)} for images of "
                 f"{height}x{width}, got {self.frequencies}"
             )
+
+    def _pattern(self, coefficients: Tensor, shape: Sequence[int]) -> Tensor:
+        self._check_size(shape)
+        height, width = shape[-2:]
         down, across = (
             dct_basis(size)[: self.frequencies].to(coefficients.device, torch.float32)
             for size in (height, width)
@@ -145,6 +156,7 @@ class LowFrequency:
 
     def mask(self, shape: Sequence[int]) -> Tensor:
         """(H, W) bool, all true; shape is (..., H, W)."""
+        self._check_size(shape)
         return torch.ones(tuple(shape[-2:]), dtype=torch.bool)
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from bdu.attacks.trigger import Poisoned, Target, add_pattern, check_number, plant
 
+MOST_WAVES = 1000  # more than columns only alias
+
 
 class SIG:
     """x'_ij = clip(x_ij + Δ sin(2π f j / W)), j = 0 … W − 1 the column, the same in all channels.
@@ -20,7 +22,7 @@ class SIG:
 
     Args:
         delta: Δ in units of images in [0, 1], in (0, 1].
-        frequency: f, waves across the image, positive.
+        frequency: f, waves across the image, in (0, 1000].
 
     Raises:
         ValueError: values out of range; at the call, a wave that is 0 at every column.
@@ -34,7 +36,7 @@ class SIG:
 
     def __init__(self, *, delta: float = 40 / 255, frequency: float = 6.0) -> None:
         self.delta = check_number(delta, "delta", above=0, most=1)
-        self.frequency = check_number(frequency, "frequency", above=0)
+        self.frequency = check_number(frequency, "frequency", above=0, most=MOST_WAVES)
 
     def _wave(self, width: int) -> Tensor:
         # whole half waves are 0 exactly, where sin(πk) in floating point is not

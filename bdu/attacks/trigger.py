@@ -37,6 +37,7 @@ NAMED_POSITIONS: tuple[NamedPosition, ...] = (
 )
 PatternSource = str | os.PathLike[str] | Tensor | np.ndarray | Sequence[Any]
 BATCH = 1024
+MOST_COVERS = 1_000_000  # for a triggered image; no data set has more
 
 
 class Trigger(Protocol):
@@ -383,6 +384,12 @@ def _is_finite(value: float) -> bool:
         return False
 
 
+def check_cover_ratio(value: float) -> float:
+    """Return cover images for each triggered one, 0 to MOST_COVERS; otherwise ValueError."""
+    ratio: float = check_number(value, "cover_ratio", least=0, most=MOST_COVERS)
+    return ratio
+
+
 def read_tensors(
     file: str | os.PathLike[str], shapes: Mapping[str, Sequence[int | None]]
 ) -> dict[str, Tensor]:
@@ -573,6 +580,7 @@ __all__ = [
     "as_weight",
     "check_batch",
     "check_channels",
+    "check_cover_ratio",
     "check_number",
     "check_position",
     "drawn",

@@ -9,7 +9,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bdu.attacks.trigger import Poisoned, Target, check_batch, check_number, own_generator, plant
+from bdu.attacks.trigger import (
+    Poisoned,
+    Target,
+    check_batch,
+    check_cover_ratio,
+    check_number,
+    own_generator,
+    plant,
+)
+
+MOST_GRID = 256  # finer than that no image is
 
 
 class WaNet:
@@ -22,7 +32,7 @@ class WaNet:
     warp for the trigger would be wrong on them.
 
     Args:
-        grid_size: k, at least 1.
+        grid_size: k, 1 to 256.
         strength: s, positive. The paper's 0.5 takes a large network many epochs to see beside
             the cover images; a smaller one learns 1 in a few.
         rescale: r, that keeps places within the image, in (0, 1].
@@ -47,11 +57,11 @@ class WaNet:
         seed: int = 0,
         cover_ratio: float = 2.0,
     ) -> None:
-        self.grid_size = check_number(grid_size, "grid_size", least=1, whole=True)
+        self.grid_size = check_number(grid_size, "grid_size", least=1, most=MOST_GRID, whole=True)
         self.strength = check_number(strength, "strength", above=0)
         self.rescale = check_number(rescale, "rescale", above=0, most=1)
         self.seed = check_number(seed, "seed", least=0, whole=True)
-        self.cover_ratio = check_number(cover_ratio, "cover_ratio", least=0)
+        self.cover_ratio = check_cover_ratio(cover_ratio)
 
     def places(self, shape: Sequence[int]) -> Tensor:
         """(H, W, 2) float32: where each pixel comes from, as (x, y) in [−1, 1]; (..., H, W)."""
