@@ -6,7 +6,6 @@ Images stay uint8 as long as possible and become float32 in [0, 1] batch by batc
 from __future__ import annotations
 
 import os
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -281,12 +280,28 @@ def _open_image(file: Path) -> Image.Image:
     return image
 
 
-def _load_npz(path: Path, split: str | None, names: list[str] | None) -> ImageData:
+def npz_array(path: str | os.PathLike[str], name: str) -> np.ndarray | None:
+    """One array of an .npz, or None where it has none of that name.
+
+    Raises:
+        ValueError: not an .npz, or the array is pickled or broken.
+    """
+    with _opened_npz(Path(path)) as archive:
+        return _member(archive, name) if name in archive.files else None
+
+
+def _opened_npz(path: Path) -> Any:
     try:
         archive = np.load(path, allow_pickle=False)
-    except (zipfile.BadZipFile, ValueError, OSError) as error:
+    except Exception as error:  # a broken file can make the reader raise anything
         raise ValueError(f"path: expected an .npz file, cannot read {path}: {error}") from error
-    with archive:
+    if isinstance(archive, np.ndarray):
+        raise ValueError(f"path: expected an .npz file, got a single array in {path}")
+    return archive
+
+
+def _load_npz(path: Path, split: str | None, names: list[str] | None) -> ImageData:
+    with _opened_npz(path) as archive:
         keys = archive.files
         x_name, y_name = ("x", "y") if split is None else (f"{split}_x", f"{split}_y")
         if x_name not in keys or y_name not in keys:
@@ -312,8 +327,10 @@ def _load_npz(path: Path, split: str | None, names: list[str] | None) -> ImageDa
 def _member(archive: Any, name: str) -> np.ndarray:
     try:
         return archive[name]
-    except ValueError as error:
-        raise ValueError(f"{name}: expected a plain array, got a pickled one: {error}") from error
+    except Exception as error:  # as above
+        raise ValueError(
+            f"{name}: expected a plain array, got a pickled or broken one: {error}"
+        ) from error
 
 
 def _npz_images(x: np.ndarray, name: str) -> Tensor:

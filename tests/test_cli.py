@@ -561,6 +561,18 @@ def test_attack_json_without_a_target_is_refused(planted, tmp_path, capsys):
     assert_refused(arguments, message, capsys, tmp_path)
 
 
+def test_true_labels_that_cannot_be_read_are_refused(planted, tmp_path, capsys):
+    with np.load(planted / "defender_triggered.npz") as arrays:
+        known = dict(arrays)
+    for y_true, message in (
+        (known["y"].astype(object), "expected a plain array, got a pickled or broken one"),
+        (known["y"] + 0.5, "expected integers, got float64"),
+    ):
+        np.savez(tmp_path / "bad.npz", **{**known, "y_true": y_true})
+        arguments = unlearn(planted, tmp_path / "run", triggered=tmp_path / "bad.npz")
+        assert_refused(arguments, f"--triggered: y_true: {message}", capsys, tmp_path)
+
+
 def test_pickled_checkpoint_is_refused(planted, tmp_path, capsys):
     file = tmp_path / "model.pt"
     torch.save(build("smallcnn", num_classes=CLASSES, in_channels=1, seed=0), file)

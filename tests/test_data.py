@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -200,14 +202,35 @@ def test_arrays_that_do_not_fit_are_described(tmp_path, x, y, message):
 
 def test_pickled_array_is_refused(tmp_path):
     np.savez(tmp_path / "a.npz", x=np.array([{"a": 1}], dtype=object), y=np.array([0]))
-    with pytest.raises(ValueError, match="x: expected a plain array, got a pickled one"):
+    with pytest.raises(ValueError, match="x: expected a plain array, got a pickled or broken one"):
         load_images(tmp_path / "a.npz")
     with pytest.raises(ValueError, match="an array of objects"):
         save_npz(tmp_path / "b.npz", x=np.array([{"a": 1}], dtype=object))
     assert not (tmp_path / "b.npz").exists()
 
 
+@pytest.mark.parametrize("write", [np.savez, np.savez_compressed])
+def test_npz_with_a_changed_byte_is_read_or_refused(tmp_path, write):
+    file = tmp_path / "a.npz"
+    write(file, x=np.zeros((3, 2, 2), np.uint8), y=np.arange(3))
+    content = file.read_bytes()
+    refused = []
+    for place in range(len(content)):
+        changed = content[place] ^ 0xFF
+        file.write_bytes(content[:place] + bytes([changed]) + content[place + 1 :])
+        try:
+            load_images(file)
+        except (ValueError, FileNotFoundError) as error:
+            refused.append(str(error))
+    assert len(refused) > len(content) / 2
+    assert all(re.match("(path|split|x|y): expected ", message) for message in refused)
+
+
 def test_file_that_is_no_npz_is_named(tmp_path):
+    np.save(tmp_path / "a.npy", np.zeros(3))
+    (tmp_path / "a.npy").rename(tmp_path / "a.npz")
+    with pytest.raises(ValueError, match=r"expected an .npz file, got a single array in .*a\.npz"):
+        load_images(tmp_path / "a.npz")
     (tmp_path / "a.npz").write_bytes(b"text")
     with pytest.raises(ValueError, match=r"cannot read .*a\.npz"):
         load_images(tmp_path / "a.npz")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +202,15 @@ def evaluators_view(
     return trigger, wanted
 
 
+@contextlib.contextmanager
+def named(flag: str) -> Iterator[None]:
+    """An error of what is read in it begins with the flag."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(f"{flag}: {error}") from error
+
+
 def images(
     path: Path,
     options: argparse.Namespace,
@@ -218,10 +227,8 @@ def images(
             some may be absent.
     """
     classes = like.classes if like is not None and path.is_dir() else None
-    try:
+    with named(flag):
         data = load_images(path, split=split, image_size=options.image_size, classes=classes)
-    except (ValueError, FileNotFoundError) as error:
-        raise type(error)(f"{flag}: {error}") from error
     if like is not None and data.x.shape[1:] != like.x.shape[1:]:
         expected, got = tuple(like.x.shape[1:]), tuple(data.x.shape[1:])
         raise ValueError(f"{flag}: expected images of {expected}, as those read before, got {got}")
@@ -357,6 +364,7 @@ __all__ = [
     "device",
     "evaluators_view",
     "images",
+    "named",
     "rates",
     "retune_labels",
     "retuned_rate",

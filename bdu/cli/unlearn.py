@@ -7,14 +7,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from bdu.attacks.trigger import Trigger
 from bdu.checkpoint import save_state_dict
 from bdu.cli import common
-from bdu.data import ImageData
+from bdu.data import ImageData, check_labels, npz_array
 from bdu.defenses.balanced import dtypes_of
 from bdu.memory import MemoryPlan, memory_plan
 from bdu.metrics import defense_effectiveness_rate
@@ -278,7 +277,8 @@ def _triggered(options: argparse.Namespace, clean: ImageData) -> tuple[Any, ...]
     """(x, y), and where the file has them the true labels, as `bdu poison` writes them."""
     data = common.images(options.triggered, options, "--triggered", like=clean)
     if options.triggered.suffix == ".npz":
-        with np.load(options.triggered, allow_pickle=False) as arrays:
-            if "y_true" in arrays.files:
-                return data.x, data.y, arrays["y_true"]
+        with common.named("--triggered"):
+            y_true = npz_array(options.triggered, "y_true")
+            if y_true is not None:
+                return data.x, data.y, check_labels(y_true, None, "y_true")
     return data.x, data.y
