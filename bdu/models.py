@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import os
 import re
 import sys
@@ -30,7 +31,7 @@ class Normalize:
         std: one positive number a channel, same length as mean.
 
     Raises:
-        ValueError: lengths differ, are zero, or a std is not positive.
+        ValueError: lengths differ, are zero, a std is not positive, or a value is not finite.
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -41,8 +42,10 @@ class Normalize:
                 "std: expected one value for each channel of mean "
                 f"({len(self.mean)}), got {len(self.std)}"
             )
-        if not all(value > 0 for value in self.std):
-            raise ValueError(f"std: expected positive values, got {self.std}")
+        if not all(math.isfinite(value) for value in self.mean):
+            raise ValueError(f"mean: expected finite values, got {self.mean}")
+        if not all(0 < value < math.inf for value in self.std):
+            raise ValueError(f"std: expected positive, finite values, got {self.std}")
         self._tensors: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -298,7 +298,7 @@ def _check_settings(settings: dict[str, Any]) -> None:
         if settings[name] < 1:
             name_shown = "x" if name == "samples" else name
             raise ValueError(f"{name_shown}: expected at least 1, got {settings[name]}")
-    if not settings["lr"] > 0:
+    if not 0 < settings["lr"] < math.inf:
         raise ValueError(f"lr: expected a positive number, got {settings['lr']}")
     if not 0 <= settings["label_smoothing"] < 1:
         raise ValueError(

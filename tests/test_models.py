@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 import sys
 import types
@@ -93,6 +94,8 @@ def test_normalisation_follows_the_dtype_of_the_input():
         ({"mean": (0.5,) * 3}, "std: expected 3 values"),
         ({"mean": (0.5,), "std": (0.2,)}, r"mean: expected 3 values \(in_channels\), got 1"),
         ({"mean": (0.5,) * 3, "std": (0.2, 0.2, 0.0)}, "std: expected positive"),
+        ({"mean": (0.5, 0.5, math.nan), "std": (0.2,) * 3}, "mean: expected finite values"),
+        ({"mean": (0.5,) * 3, "std": (0.2, 0.2, math.inf)}, "std: expected positive, finite"),
         ({"num_classes": 0}, "num_classes: expected at least 1, got 0"),
     ],
 )

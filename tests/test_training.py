@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -200,6 +201,7 @@ def test_one_cycle_rises_for_a_quarter_and_falls():
         ({"epochs": 0}, "epochs: expected at least 1, got 0"),
         ({"batch_size": 0}, "batch_size: expected at least 1"),
         ({"lr": 0.0}, "lr: expected a positive number"),
+        ({"lr": math.inf}, "lr: expected a positive number, got inf"),
         ({"schedule": "step"}, "schedule: expected one of one-cycle, cosine, constant"),
         ({"autocast_dtype": torch.float16}, r"autocast_dtype: expected torch\.bfloat16"),
         ({"label_smoothing": 1.0}, "label_smoothing: expected"),
