@@ -173,6 +173,9 @@ def test_trigger_of_another_run_is_used_as_it_is(data, planted, tmp_path, monkey
         ("label-consistent", ("--target", "all-to-all"), "target: expected one class"),
         ("input-aware", ("--rate", "2"), r"rate: expected a share in \[0, 1\]"),
         ("trojannn", ("--set", "size=9"), "trigger: expected at most 8x8"),
+        ("low-frequency", ("--set", "frequencies=9"), "frequencies: expected at most 8 for images"),
+        ("wanet", ("--set", "cover_ratio=1e308"), "cover_ratio: expected a number at least 0"),
+        ("trojannn", ("--surrogate", "nowhere.pt"), "--surrogate: path: expected a checkpoint"),
     ],
 )
 def test_what_cannot_be_planted_is_refused_before_any_training(
@@ -184,6 +187,25 @@ def test_what_cannot_be_planted_is_refused_before_any_training(
     error = capsys.readouterr().err
     assert error.startswith("bdu poison: ")
     assert re.search(message, error), error
+    assert not out.exists()
+
+
+def test_files_that_do_not_fit_are_refused_before_any_training(
+    data, planted, tmp_path, capsys, monkeypatch
+):
+    name, first = planted
+    if name not in SAVED:
+        return
+    monkeypatch.setattr("bdu.cli.poison.fit", None)
+    out = tmp_path / "run"
+    colour = tmp_path / "colour.npz"
+    save_npz(colour, x=np.zeros((300, 8, 8, 3), np.uint8), y=np.arange(300) % CLASSES)
+    assert main(command(colour, out, str(first / "attack.json"))) == 1
+    assert "x: expected 1 channels, got 3" in capsys.readouterr().err
+    if name in SURROGATE:
+        weights = first / "trigger.safetensors"
+        assert main(command(data, out, name, "--surrogate", weights)) == 1
+        assert re.search("--surrogate: .*expected the weights of", capsys.readouterr().err)
     assert not out.exists()
 
 

@@ -616,12 +616,21 @@ def test_trigger_larger_than_the_image_is_refused(data, planted, tmp_path, capsy
     [
         (("--target", "7"), r"target: expected an integer in \[0, 2\] or all-to-all, got 7"),
         (("--rate", "1.5"), r"rate: expected a share in \[0, 1\], got 1\.5"),
-        (("--defender-clean", "0.9"), "sizes: expected"),
+        *(
+            (flags, "expected shares that leave images to train on, got")
+            for flags in (("--defender-clean", "1"), ("--defender-clean", ".9", "--retune", ".9"))
+        ),
+        (("--defender-clean", "nan"), r"defender_clean: expected a share in \[0, 1\], got nan"),
+        (("--retune", "-0.1"), r"retune: expected a share in \[0, 1\], got -0\.1"),
+        (("--mean", "nan", "--std", "1"), r"mean: expected finite values, got \(nan,\)"),
+        (("--mean", "0", "--std", "inf"), r"std: expected positive, finite values, got \(inf,\)"),
+        (("--surrogate", "clean.pt"), "--surrogate: expected none, as badnets takes no clean"),
         (("--split", "train"), "split: expected train_x and train_y"),
         (("--data", "nowhere.npz"), r"path: .*nowhere\.npz is not there"),
         (("--model", "resnet1000"), "resnet1000"),
         (("--epochs", "0"), "epochs: expected at least 1, got 0"),
         (("--lr", "0"), "lr: expected a positive number, got 0"),
+        (("--lr", "inf"), "lr: expected a positive number, got inf"),
     ],
 )
 def test_poison_refuses_what_does_not_fit(data, tmp_path, capsys, flags, message):

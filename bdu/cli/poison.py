@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from bdu.attacks import JointlyTrained, Poisoned, Prepared, Saved, Trigger, load
 from bdu.attacks.trigger import drawn, triggered_like
 from bdu.checkpoint import atomic_write, load_into, save_state_dict
 from bdu.cli import common
-from bdu.data import ImageData, save_npz, split_indices
+from bdu.data import ImageData, as_unit_float, save_npz, split_indices
 from bdu.metrics import target_labels
 from bdu.monitor.report import write_report
 from bdu.runs import RunDirectory, versions
@@ -73,7 +74,7 @@ def run(options: argparse.Namespace) -> None:
     for name in ("epochs", "batch_size"):
         if getattr(options, name) < 1:
             raise ValueError(f"{name}: expected at least 1, got {getattr(options, name)}")
-    if not options.lr > 0:
+    if not 0 < options.lr < math.inf:
         raise ValueError(f"lr: expected a positive number, got {options.lr}")
     device = common.device(options)
     trigger, target = common.evaluators_view(options, common.settings(options.set))
@@ -81,12 +82,8 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError("--attack: expected, or --trigger with a picture")
     train, evaluator = _parts(options)
     classes = max(train.num_classes, evaluator.num_classes)
-    shares = (options.defender_clean, options.defender_triggered, options.retune)
     clean, triggered, retune, rest = split_indices(
-        train.y,
-        [*shares, len(train) - sum(round(s * len(train)) for s in shares)],
-        options.seed,
-        tracks=train.tracks,
+        train.y, _sizes(options, len(train)), options.seed, tracks=train.tracks
     )
     # The defender's triggered samples are of other classes than the target, as the attacker's are.
     wanted = target_labels(train.y, target, classes)
@@ -99,8 +96,18 @@ def run(options: argparse.Namespace) -> None:
     poisoned: Poisoned | None = None
     attack_file = directory.path / "attack.json"
     is_trained = options.resume and directory.model.exists() and attack_file.exists()
+    # What can be refused is refused before hours of training.
+    if isinstance(trigger, Saved) and trigger.spec()["file"] is not None:
+        trigger(as_unit_float(train.x[:1]))
+    surrogate = None
+    if options.surrogate is not None and not is_trained:
+        if not isinstance(trigger, Prepared):
+            name = trigger.spec()["name"]
+            raise ValueError(f"--surrogate: expected none, as {name} takes no clean model")
+        surrogate = _model(options, train, classes, options.seed)
+        with common.named("--surrogate"):
+            load_into(surrogate, options.surrogate)
     if isinstance(trigger, (JointlyTrained, Prepared)):
-        # What can be refused is refused before hours of training.
         trigger.mask(train.x.shape)
         is_clean_label = getattr(trigger, "clean_label", False)
         drawn(attacker.y, rate=options.rate, clean_label=is_clean_label, **plan)
@@ -113,7 +120,7 @@ def run(options: argparse.Namespace) -> None:
             trigger = load_attack(attack_file)
             assert isinstance(trigger, Prepared)
         trigger.prepare(
-            lambda: _surrogate(options, attacker, classes, device, directory),
+            lambda: _surrogate(options, attacker, classes, device, directory, given=surrogate),
             attacker.x,
             attacker.y,
             **plan,
@@ -239,12 +246,16 @@ def _surrogate(
     classes: int,
     device: torch.device,
     directory: RunDirectory,
+    *,
+    given: nn.Module | None,
 ) -> nn.Module:
-    """A model that never saw a trigger: read, or trained as the backdoored one will be."""
-    file = options.surrogate or directory.path / "surrogate.safetensors"
+    """A model that never saw a trigger: given, or trained as the backdoored one will be."""
+    if given is not None:
+        return given.to(device)
+    file = directory.path / "surrogate.safetensors"
     seed = options.seed + 1  # the attacker does not have the victim's initial weights
     model = _model(options, attacker, classes, seed)
-    if options.surrogate is not None or (options.resume and file.exists()):
+    if options.resume and file.exists():
         load_into(model, file)
         return model.to(device)
     state = directory.path / "surrogate_state.pt"
@@ -253,6 +264,26 @@ def _surrogate(
     save_state_dict(file, model.state_dict())
     state.unlink(missing_ok=True)
     return model
+
+
+def _sizes(options: argparse.Namespace, total: int) -> list[float | int]:
+    """The shares that are held out, and how many images are left to the attacker.
+
+    Raises:
+        ValueError: no share, or none left.
+    """
+    names = ("defender_clean", "defender_triggered", "retune")
+    shares = [getattr(options, name) for name in names]
+    for name, share in zip(names, shares, strict=True):
+        if not 0 <= share <= 1:
+            raise ValueError(f"{name}: expected a share in [0, 1], got {share}")
+    left = total - sum(round(share * total) for share in shares)
+    if left < 1:
+        raise ValueError(
+            f"{', '.join(names)}: expected shares that leave images to train on, "
+            f"got {', '.join(map(str, shares))}"
+        )
+    return [*shares, left]
 
 
 def _parts(options: argparse.Namespace) -> tuple[ImageData, ImageData]:
