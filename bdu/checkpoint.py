@@ -32,10 +32,16 @@ class CheckpointError(ValueError):
 
 
 @contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_path(path: str | os.PathLike[str], *, exclusive: bool = False) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path`; at a clean exit it becomes `path`.
 
     Folders above are made. On an exception the temporary file is removed and `path` is untouched.
+
+    Args:
+        exclusive: of several that write the same `path`, at once or later, only one succeeds.
+
+    Raises:
+        FileExistsError: `exclusive`, and there is a file already.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,9 +52,23 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
         allow_as_usual(temporary)
-        os.replace(temporary, path)
+        if exclusive:
+            _move_to_nothing(temporary, path)
+        else:
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _move_to_nothing(temporary: Path, path: Path) -> None:
+    """A rename that refuses to replace, which no call of the system's is everywhere."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # no hard links here, as in some shared folders: whoever makes the file has it
+        path.touch(exist_ok=False)
+        os.replace(temporary, path)
 
 
 def allow_as_usual(path: Path) -> None:
@@ -58,9 +78,15 @@ def allow_as_usual(path: Path) -> None:
     path.chmod(0o666 & ~mask)
 
 
-def atomic_write(path: str | os.PathLike[str], content: bytes | str) -> None:
-    """Write `content` (text as UTF-8, line ends kept) to `path`, whole or not at all."""
-    with atomic_path(path) as temporary:
+def atomic_write(
+    path: str | os.PathLike[str], content: bytes | str, *, exclusive: bool = False
+) -> None:
+    """Write `content` (text as UTF-8, line ends kept) to `path`, whole or not at all.
+
+    Raises:
+        FileExistsError: as atomic_path.
+    """
+    with atomic_path(path, exclusive=exclusive) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 

@@ -85,7 +85,10 @@ class RunDirectory:
         self.check(config, resume=resume)
         kept = {**config, STARTED_IN: os.getcwd()}
         text = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
-        atomic_write(self.path / "config.yaml", text)
+        try:  # another run may have started here since the check
+            atomic_write(self.path / "config.yaml", text, exclusive=not resume)
+        except FileExistsError as error:
+            raise self._taken() from error
 
     def check(self, config: dict[str, Any], *, resume: bool) -> None:
         """Whether :meth:`start` would do; nothing is written.
@@ -96,10 +99,7 @@ class RunDirectory:
         """
         known = self.path / "config.yaml"
         if known.exists() and not resume:
-            raise FileExistsError(
-                f"out: {self.path} holds a run already; choose another folder, or continue that "
-                "run with --resume"
-            )
+            raise self._taken()
         if known.exists():
             before = yaml.safe_load(known.read_text())
             differing = [key for key in config if not _same(before.get(key), config[key])]
@@ -109,6 +109,12 @@ class RunDirectory:
                     f"resume: expected the settings of {known}, but {key} was "
                     f"{before.get(key)!r} and is now {config[key]!r}"
                 )
+
+    def _taken(self) -> FileExistsError:
+        return FileExistsError(
+            f"out: {self.path} holds a run already; choose another folder, or continue that "
+            "run with --resume"
+        )
 
     @property
     def model(self) -> Path:

@@ -186,6 +186,21 @@ def test_atomic_write_replaces_with_bytes_and_makes_folders(tmp_path):
     assert path.read_bytes() == b"two"
 
 
+@pytest.mark.parametrize("has_links", [True, False])
+def test_exclusive_write_leaves_what_is_there(tmp_path, monkeypatch, has_links):
+    def no_link(source, target):
+        raise PermissionError("no hard links")
+
+    if not has_links:
+        monkeypatch.setattr("os.link", no_link)
+    path = tmp_path / "a.txt"
+    atomic_write(path, "one", exclusive=True)
+    with pytest.raises(FileExistsError):
+        atomic_write(path, "two", exclusive=True)
+    assert path.read_text() == "one"
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_training_state_survives(tmp_path):
     state = {"epoch": 3, "lr": 0.1, "none": None, "list": [1, (2.5, "x")], 0: torch.ones(2)}
     save_state(tmp_path / "s.pt", state)

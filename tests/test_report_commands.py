@@ -96,6 +96,22 @@ def test_other_methods_count_the_rounds_of_a_phase(folder, tmp_path, monkeypatch
     ]
 
 
+def test_of_two_runs_that_start_at_once_one_is_refused(tmp_path, monkeypatch):
+    first, second = RunDirectory(tmp_path / "run"), RunDirectory(tmp_path / "run")
+    check = RunDirectory.check
+
+    def overtaken(self, config, *, resume):
+        check(self, config, resume=resume)
+        if self is second:
+            first.start({"seed": 1}, resume=False)
+
+    monkeypatch.setattr(RunDirectory, "check", overtaken)
+    with pytest.raises(FileExistsError, match="holds a run already"):
+        second.start({"seed": 2}, resume=False)
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["seed"] == 1
+    assert [file.name for file in first.path.iterdir()] == ["config.yaml"]
+
+
 def test_earlier_metrics_have_every_key(tmp_path):
     run = RunDirectory(tmp_path)
     (tmp_path / "metrics.json").write_text('{"method": "poison", "of_old": 1}')
