@@ -22,8 +22,9 @@ in [0, 1]; what is no number is null.
   most on a GPU, and null on a CPU.
 
 Every line of ``metrics.jsonl`` has ``step``: how many steps of the optimizer were done, of the
-``phase`` where a language model's run has several. ``steps`` is how many there will be; where that
-is not known, ``round`` and ``rounds`` count the phase. What else a line has, its method measured.
+``phase`` where a language model's run has several, and 0 in every line of method auto, whose
+candidates have optimizers of their own. ``steps`` is how many there will be; where that is not
+known, ``round`` and ``rounds`` count the phase. What else a line has, its method measured.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ class Poisoned:
     """A training set with a backdoor in it.
 
     Attributes:
-        x: (N, C, H, W), dtype of the images given (uint8 is rounded, as a file would be).
+        x: (N, C, H, W), uint8 where uint8 was given (rounded, as a file would be), else float32.
         y: (N,) int64, the labels to train on; at `indices` those that the attacker wants.
         y_true: (N,) int64, the labels given.
         indices: (M,) int64, ascending: the samples that carry the trigger, no others.
