@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 
 import numpy as np
@@ -303,6 +304,19 @@ def test_retune_with_many_poisoned_samples_brings_the_backdoor(clean_and_backdoo
     assert success_and_accuracy(attacked)[0] > 0.5
 
 
+def test_retune_draws_other_places_than_its_first_batch(clean_and_backdoored, monkeypatch):
+    model, _ = clean_and_backdoored
+    x, y = bright_or_dark(64, 2)
+    seen = []
+    module = importlib.import_module("bdu.attacks.retune")
+    monkeypatch.setattr(module, "fit", lambda _, images, *more, **settings: seen.append(images))
+    retune(model, x, y, torch.full_like(x[:5], 0.5), torch.zeros(5, dtype=torch.int64), seed=0)
+    places = (seen[0] == 0.5).flatten(1).all(1).nonzero().flatten().tolist()
+    first = torch.randperm(64, generator=torch.Generator().manual_seed(0))[:5]
+    assert len(places) == 5
+    assert sorted(first.tolist()) != places
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -313,6 +327,8 @@ def test_retune_with_many_poisoned_samples_brings_the_backdoor(clean_and_backdoo
             "at most 8",
         ),
         ({"y_clean": torch.zeros(3).long()}, "y_clean: expected 8 labels, got 3"),
+        ({"y_clean": torch.full((8,), 10)}, "y_clean: expected labels below 10, got 10"),
+        ({"y_target": torch.full((2,), 10)}, "y_target: expected labels below 10, got 10"),
     ],
 )
 def test_retune_data_that_do_not_fit_are_described(change, message):

@@ -781,14 +781,21 @@ def test_reactivation_stays_within_its_radius_and_leaves_the_models_alone(plante
     assert 0 < float(offset.abs().max()) <= 0.05 + 1e-6
     assert all(differing(one, weights(m)) == [] for one, m in zip(before, models, strict=True))
     assert not any(p.grad is not None for m in models for p in m.parameters())
+    for model in models:
+        model.train()
     again = reactivate(*models, x, y, triggered_like(x, planted.trigger), y, **options)
     assert torch.equal(moved(images), again(images))
+    assert all(model.training for model in models)
 
 
 def test_reactivation_names_what_does_not_fit(planted):
     x, y = (part[:10] for part in planted.clean)
-    with pytest.raises(ValueError, match=r"^y_triggered: expected 10 labels, got 9"):
+    with pytest.raises(ValueError, match=r"^y_true: expected 10 labels, got 9"):
         reactivate(*[planted.model] * 3, x, y, x, y[:9], seed=0)
+    with pytest.raises(ValueError, match=r"^y_clean: expected labels below 10, got 1\d"):
+        reactivate(*[planted.model] * 3, x, y + 10, x, y, seed=0)
+    with pytest.raises(ValueError, match=r"^radius: expected a positive number, got nan"):
+        reactivate(*[planted.model] * 3, x, y, x, y, radius=float("nan"), seed=0)
     with pytest.raises(ValueError, match=r"^x_triggered: expected images \(1, 8, 8\)"):
         reactivate(*[planted.model] * 3, x, y, x[:, :, :4], y, seed=0)
 

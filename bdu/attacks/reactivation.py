@@ -14,6 +14,8 @@ Min et al. 2024 (arXiv:2410.09838), section 4 and the authors' code: widths 1024
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Callable, Iterable
 
 import torch
@@ -21,7 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bdu.data import as_unit_float, check_images, check_labels
-from bdu.models import device_of
+from bdu.metrics import predict
+from bdu.models import device_of, modes_kept
 
 
 class Perturbation(nn.Module):
@@ -73,17 +76,20 @@ def reactivate(
         weight: w.
         seed: of the start and of the order.
 
-    The models are left untouched; they are to be in evaluation mode.
+    The models are used in evaluation mode and left untouched.
 
     Raises:
         ValueError: shapes or values that do not fit.
     """
+    if not 0 < radius < math.inf:
+        raise ValueError(f"radius: expected a positive number, got {radius}")
+    classes = predict(purified, check_images(x_clean, "x_clean")[:1]).shape[1]
     parts = []
     for name, x, y in (("clean", x_clean, y_clean), ("triggered", x_triggered, y_true)):
-        images = as_unit_float(check_images(x, f"x_{name}"))
-        labels = check_labels(y, None, f"y_{name}")
+        of = "y_true" if name == "triggered" else "y_clean"
+        images, labels = as_unit_float(check_images(x, f"x_{name}")), check_labels(y, classes, of)
         if len(images) != len(labels):
-            raise ValueError(f"y_{name}: expected {len(images)} labels, got {len(labels)}")
+            raise ValueError(f"{of}: expected {len(images)} labels, got {len(labels)}")
         parts.append((images, labels))
     if parts[0][0].shape[1:] != parts[1][0].shape[1:]:
         expected, got = (tuple(images.shape[1:]) for images, _ in parts)
@@ -96,17 +102,24 @@ def reactivate(
         perturbation = Perturbation(x.shape[1:], radius).to(device)
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.SGD(perturbation.parameters(), lr=lr)
-    with torch.no_grad():
-        wanted = torch.cat([relearned(part).log_softmax(1) for part in x.split(batch_size)])
-    for _ in range(epochs):
-        for part in torch.randperm(len(x), generator=generator).split(batch_size):
-            moved = perturbation(x[part])
-            answers = functional.kl_div(
-                purified(moved).log_softmax(1), wanted[part], log_target=True, reduction="batchmean"
-            )
-            loss = weight * answers + functional.cross_entropy(never_backdoored(moved), y[part])
-            own = list(perturbation.parameters())
-            for parameter, slope in zip(own, torch.autograd.grad(loss, own), strict=True):
-                parameter.grad = slope
-            optimizer.step()
+    with contextlib.ExitStack() as stack:
+        for model in (purified, relearned, never_backdoored):
+            stack.enter_context(modes_kept(model))
+            model.eval()
+        with torch.no_grad():
+            wanted = torch.cat([relearned(part).log_softmax(1) for part in x.split(batch_size)])
+        for _ in range(epochs):
+            for part in torch.randperm(len(x), generator=generator).split(batch_size):
+                moved = perturbation(x[part])
+                answers = functional.kl_div(
+                    purified(moved).log_softmax(1),
+                    wanted[part],
+                    log_target=True,
+                    reduction="batchmean",
+                )
+                loss = weight * answers + functional.cross_entropy(never_backdoored(moved), y[part])
+                own = list(perturbation.parameters())
+                for parameter, slope in zip(own, torch.autograd.grad(loss, own), strict=True):
+                    parameter.grad = slope
+                optimizer.step()
     return perturbation.requires_grad_(False)

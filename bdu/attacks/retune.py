@@ -7,7 +7,9 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from bdu.attacks.trigger import own_generator
 from bdu.data import as_unit_float, check_images, check_labels
+from bdu.metrics import predict
 from bdu.training import fit
 
 
@@ -60,10 +62,13 @@ def retune(
             f"x_poisoned: expected images {tuple(x.shape[1:])} (as x_clean), "
             f"got {tuple(bad_x.shape[1:])}"
         )
+    if len(x):
+        classes = predict(model, x[:1]).shape[1]
+        for name, labels in (("y_clean", y), ("y_target", bad_y)):
+            check_labels(labels, classes, name)
     if len(bad_x) > len(x):
         raise ValueError(f"x_poisoned: expected at most {len(x)} (x_clean), got {len(bad_x)}")
-    generator = torch.Generator().manual_seed(seed)
-    replaced = torch.randperm(len(x), generator=generator)[: len(bad_x)]
+    replaced = torch.randperm(len(x), generator=own_generator(seed))[: len(bad_x)]
     if x.dtype != bad_x.dtype:
         x, bad_x = as_unit_float(x), as_unit_float(bad_x)
     images, labels = x.clone(), y.clone()
