@@ -211,7 +211,7 @@ def run(
     # The ascended cross-entropy has no slope where the model is certain, so no way to the backdoor.
     radius = 0.0 if s.forget == "cross_entropy" else s.radius
     course = _Course(student, optimizer, torch.Generator().manual_seed(seed), s)
-    started_with = asdict(s) | {"seed": seed, "model and data": fingerprint(teacher, data)}
+    started_with = asdict(s) | {"seed": seed, "model and data": fingerprint(model, data)}
     if resume and state_file is None:
         raise ValueError("state_file: expected a path to resume from, got None")
     if resume and state_file is not None and Path(state_file).exists():

@@ -172,6 +172,7 @@ class Course:
         student: the copy that is cleaned, scaled alike until it is the result.
         generator: of all draws.
         steps: steps of optimizers so far.
+        shown: (at most C,) classes that clean samples show, ascending.
 
     Raises:
         ValueError: a state file of another run, or none to resume from.
@@ -191,6 +192,7 @@ class Course:
                 for copied in (self.before, self.student):
                     scale_logits(copied, data.clean, self._logit_scale)
         self.data, self.settings, self._method, self._running = data, settings, method, running
+        self.shown = data.clean.y.unique()
         self._callbacks, self.seed = list(running.callbacks), running.seed
         self.generator = torch.Generator().manual_seed(running.seed)
         self.steps = 0
@@ -206,7 +208,7 @@ class Course:
             "method": method,
             **asdict(settings),
             "seed": running.seed,
-            "model and data": fingerprint(self.before, data),
+            "model and data": fingerprint(model, data),
         }
         if running.resume and running.state_file is None:
             raise ValueError("state_file: expected a path to resume from, got None")
@@ -321,7 +323,8 @@ class Course:
     ) -> Tensor:
         """(1 − d) CE(logits, y) + d T² KL(softmax of the suspect's logits / T ‖ of these / T), T 2.
 
-        Hinton et al. 2015 (arXiv:1503.02531), equation 4.
+        Hinton et al. 2015 (arXiv:1503.02531), equation 4. CE leaves out the logits of classes that
+        no clean sample shows, which it would only push down.
 
         Args:
             logits: of the student, (N, C).
@@ -330,7 +333,12 @@ class Course:
             distillation: d, in [0, 1].
             suspect: logits of the suspect model, where they are known.
         """
-        loss = functional.cross_entropy(logits, y)
+        if len(self.shown) < logits.shape[1]:
+            loss = functional.cross_entropy(
+                logits[:, self.shown], torch.searchsorted(self.shown, y)
+            )
+        else:
+            loss = functional.cross_entropy(logits, y)
         if distillation == 0:
             return loss
         with torch.no_grad():
@@ -515,11 +523,17 @@ def check_same_run(state: Any, started_with: Mapping[str, Any]) -> None:
 
 
 def fingerprint(model: nn.Module, data: DefenderData) -> str:
-    """The same only for the same weights and samples in the same order."""
+    """The same only for the same layers, weights, frozen ones, and samples in the same order."""
     digest = hashlib.blake2b(digest_size=16)
     parts = (data.clean, data.clean_validation, data.triggered, data.triggered_validation)
     tensors = [*model.state_dict().values()]
-    tensors += [t for part in parts if part is not None for t in (part.x, part.y)]
+    for part in parts:
+        if part is not None:
+            tensors += [part.x, part.y, *([] if part.y_true is None else [part.y_true])]
+    # Another architecture may have the same weights.
+    layers = [(name, type(module).__qualname__) for name, module in model.named_modules()]
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    digest.update(repr([layers, trained]).encode())
     for tensor in tensors:
         digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1)

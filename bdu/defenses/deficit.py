@@ -6,7 +6,8 @@
 Attacks that leave labels as they are may have triggers too large for inversion to find, but their
 class is missed where it carries none; classes that are hard in themselves are missed about as often
 as others are taken for them. The deficit says by how many standard errors m_c exceeds 2 w_c. A
-class that was rare in training is missed like that, too. Ours.
+class that was rare in training is missed like that, too. Images called a class that no clean sample
+shows do not count: that class has none to give in return. Ours.
 
 Cost: a forward over the clean samples.
 """
@@ -34,7 +35,8 @@ def deficits(course: Course, targets: Tensor) -> Tensor:
             [predict(course.before, part.x).argmax(1).to(y.device) for part in parts]
         )
         of_class, as_class = y == targets[:, None], called == targets[:, None]
-        missed, wrongly = (of_class & ~as_class).sum(1), (as_class & ~of_class).sum(1)
+        shown = torch.isin(called, y)
+        missed, wrongly = (of_class & ~as_class & shown).sum(1), (as_class & ~of_class).sum(1)
         excess = missed - _USUAL_RATIO * wrongly
         return excess / (missed + _USUAL_RATIO**2 * wrongly).clamp(min=1).sqrt()
 

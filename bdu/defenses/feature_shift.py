@@ -55,9 +55,11 @@ def shift_features(
         course.student.load_state_dict(course.before.state_dict())
         fresh = torch.rand(before.shape, generator=course.generator) * 2 * bound - bound
         with torch.no_grad():
-            weight.copy_(fresh)
+            weight[rows] = fresh.to(weight)[rows]
 
-    free = {f"{head}.weight": torch.arange(len(before), device=before.device)}
+    # A fresh row of a class that no clean sample shows would stay noise.
+    rows = course.shown
+    free = {f"{head}.weight": rows}
     optimizer = course.sgd(lr, free=free, momentum=momentum, weight_decay=weight_decay)
     last = epochs - 1 if guarded else None  # a fresh layer has to learn first
     for epoch in course.stage(stage, epochs, optimizer, begin=begin, guarded_from=last):
@@ -67,6 +69,6 @@ def shift_features(
         for batch in course.batches(clean, batch_size):
             images = course.images(batch)
             loss = course.clean_loss(course.student(images), images, batch.y, distillation)
-            course.step(optimizer, loss + alpha * (weight * before).sum())
+            course.step(optimizer, loss + alpha * (weight * before)[rows].sum())
             with torch.no_grad():
                 weight.mul_(before.norm() / weight.norm())
