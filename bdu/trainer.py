@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from bdu import auto
 from bdu.data import as_unit_float
 from bdu.defenses import balanced, bi_bau, finetuning, fst, i_bau, pam, sau, tbar, tsbd, ulrl
+from bdu.defenses.head import head_of
 from bdu.defenses.protocol import Callback, DefenderData, Line, Result
 from bdu.metrics import predict
 from bdu.models import device_of, logits_of, modes_kept
@@ -32,6 +33,8 @@ SETTINGS: dict[str, Callable[..., Any]] = {
 }
 
 NEEDS_TRIGGERED = frozenset({"balanced"})
+
+_MAKES_THE_HEAD_AFRESH = frozenset({"auto", "fst", "ulrl"})
 
 
 def unlearn(
@@ -162,6 +165,7 @@ def prepare(
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(sorted(METHODS))}, got {method!r}")
     _check_settings(method, settings)
+    _check_trainable(model)
     if method in NEEDS_TRIGGERED and triggered is None:
         raise ValueError(f"triggered: expected samples, as method {method!r} needs them, got None")
     data = DefenderData.split(clean, triggered, seed=seed, device=device)
@@ -170,7 +174,25 @@ def prepare(
     ):
         raise ValueError("triggered: expected (x, y_target, y_true) with forget='true_label'")
     _check_fits(model, data)
+    if method in _MAKES_THE_HEAD_AFRESH or settings.get("reference_epochs"):
+        head = head_of(model, as_unit_float(data.clean.x[:1]).to(device_of(model)))
+        if not model.get_parameter(f"{head}.weight").requires_grad:
+            raise ValueError(
+                f"model: expected a final layer to train, as {method} makes its rows afresh, got "
+                f"{head}.weight frozen"
+            )
     return data
+
+
+def _check_trainable(model: nn.Module) -> None:
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError("model: expected a plain nn.Module, got a ScriptModule")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("model: expected parameters to train, got all of them frozen, or none")
+    other = next((n for n, v in model.state_dict().items() if not isinstance(v, Tensor)), None)
+    if other is not None:
+        kind = type(model.state_dict()[other]).__name__
+        raise ValueError(f"model: expected tensors alone in its state dict, got {other}, a {kind}")
 
 
 def _check_settings(method: str, settings: Mapping[str, Any]) -> None:

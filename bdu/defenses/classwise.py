@@ -198,7 +198,8 @@ class Found:
     def from_state(cls, state: Mapping[str, Any], shape: Sequence[int]) -> Found:
         """See :meth:`state`; for images of this shape, (C, H, W)."""
         targets = state["targets"]
-        operators = _operators(shape, len(targets), targets.device)
+        with torch.random.fork_rng([]):
+            operators = _operators(shape, len(targets), targets.device)
         for kind, module in operators.items():
             module.load_state_dict(state["operators"][kind])
         return cls(operators, targets, state["fooled"], state["sizes"], state["strict"])

@@ -6,20 +6,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
-from bdu.models import modes_kept
+from bdu.models import logits_of, modes_kept
 
 _CONSISTENT = 1.4826  # makes the median absolute deviation of a normal sample its deviation
+_ROUNDING = 1024  # of a doubled layer's logits, in units of eps; only a log-softmax rounds at all
 
 
 def head_of(model: nn.Module, images: Tensor) -> str:
-    """Name of the layer that gives the logits: the last linear or 1x1 convolution called
-    whose outputs are as many as the classes.
+    """Name of the layer that gives the logits: the last linear or convolution called whose outputs
+    are as many as the classes, if the logits double with it (up to a constant over the classes).
 
     Args: images: (N, C, H, W) float in [0, 1], on the model's device.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none; its weight is computed, shared with another layer, or does not
+            scale the logits.
     """
     called: list[tuple[str, Any]] = []
     handles = [
@@ -29,7 +32,7 @@ def head_of(model: nn.Module, images: Tensor) -> str:
     ]
     try:
         with torch.no_grad(), modes_kept(model):
-            logits = model.eval()(images[:1])
+            logits = logits_of(model.eval()(images[:1]))
     finally:
         for handle in handles:
             handle.remove()
@@ -39,7 +42,34 @@ def head_of(model: nn.Module, images: Tensor) -> str:
             f"model: expected a final layer of {logits.shape[1]} outputs, got none "
             f"among {len(called)} linear layers and convolutions"
         )
-    return fitting[-1]
+    head = fitting[-1]
+    own = dict(model.get_submodule(head).named_parameters(prefix=head, recurse=False))
+    if f"{head}.weight" not in own:
+        raise ValueError(
+            f"model: expected a final layer with a weight of its own, got {head} with a computed "
+            "one; call torch.nn.utils.parametrize.remove_parametrizations on it first"
+        )
+    names = [
+        name
+        for name, p in model.named_parameters(remove_duplicate=False)
+        if p is own[f"{head}.weight"]
+    ]
+    if len(names) > 1:
+        raise ValueError(
+            f"model: expected a final layer with a weight of its own, got {head} sharing it "
+            f"({', '.join(names)})"
+        )
+    doubled = {name: 2 * parameter for name, parameter in own.items()}
+    with torch.no_grad(), modes_kept(model):
+        twice = logits_of(functional_call(model.eval(), doubled, (images[:1],)))
+    one, two = (each - each.mean(1, keepdim=True) for each in (logits, twice))
+    most = _ROUNDING * torch.finfo(logits.dtype).eps * float(logits.abs().max())
+    if not bool(((two - 2 * one).abs() <= most).all()) and bool(logits.isfinite().all()):
+        raise ValueError(
+            f"model: expected logits in proportion to the final layer, got others from {head}; "
+            "the outputs are to be those of a linear layer or convolution, before any softmax"
+        )
+    return head
 
 
 def deviations(scores: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from bdu.data import as_unit_float
 from bdu.defenses.ascent import ascend
@@ -72,6 +73,7 @@ class Settings(Distilled):
 def run(model: nn.Module, data: DefenderData, **options: Any) -> Result:
     """Clean a copy; options are those of :class:`bdu.defenses.course.Running` and `Settings`."""
     running, s = read_options(Settings, options)
+    layers = _layers(model, data)
     course = Course(NAME, model, data, s, running)
     ascend(
         course,
@@ -82,7 +84,7 @@ def run(model: nn.Module, data: DefenderData, **options: Any) -> Result:
         weight_decay=0.0,
         batch_size=s.batch_size,
     )
-    zeroed = course.once("zeroed", lambda: _most_changed(course, s))
+    zeroed = course.once("zeroed", lambda: _most_changed(course, layers, s))
 
     def begin() -> None:
         course.student.load_state_dict(course.before.state_dict())
@@ -116,19 +118,39 @@ def run(model: nn.Module, data: DefenderData, **options: Any) -> Result:
     return course.result()
 
 
-def _most_changed(course: Course, s: Settings) -> dict[str, Tensor]:
+def _layers(model: nn.Module, data: DefenderData) -> list[str]:
+    """Names of the weights that may be set to zero."""
+    head = head_of(model, as_unit_float(data.clean.x[:1]))
+    names = []
+    for layer, module in model.named_modules():
+        prunable = isinstance(module, nn.Linear | _ConvNd | nn.MultiheadAttention)
+        for name, p in module.named_parameters(prefix=layer, recurse=False) if prunable else ():
+            if p.dim() > 1 and p.requires_grad and name != f"{head}.weight":
+                names.append(name)
+    if not names:
+        raise ValueError(
+            "model: expected convolutions or linear layers to train before the last one, got none"
+        )
+    return names
+
+
+def _most_changed(course: Course, layers: list[str], s: Settings) -> dict[str, Tensor]:
     """Name of a weight → places in it that are set to zero, (places, axes)."""
-    head = head_of(course.before, as_unit_float(course.data.clean.x[:1]))
+    student = course.student
     changes = {
-        name: (p - course.before.get_parameter(name)).detach().abs().flatten(1)
-        for name, p in course.named_parameters()
-        if p.dim() > 1 and name != f"{head}.weight"
+        name: (student.get_parameter(name) - course.before.get_parameter(name))
+        .detach()
+        .abs()
+        .flatten(1)
+        for name in layers
     }
     neurons = torch.cat([row_changes(torch.zeros_like(c), c) for c in changes.values()])
     least = neurons.sort().values[-max(1, round(s.neuron_share * len(neurons)))]
     # What did not change at all is never among the most changed.
     chosen = {name: (c.sum(1) >= least) & (c.sum(1) > 0) for name, c in changes.items()}
     weights = torch.cat([c[chosen[name]].flatten() for name, c in changes.items()])
+    if len(weights) == 0:  # the ascent was stopped before its first step
+        return {}
     least_weight = weights.sort().values[-max(1, round(s.weight_share * len(weights)))]
     places = {}
     for name, change in changes.items():

@@ -1,0 +1,237 @@
+"""Which models the defences take, and what they keep of classes that no clean sample shows."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from bdu.defenses.course import Course, Running, Shared, fingerprint, logit_spread
+from bdu.defenses.head import head_of
+from bdu.defenses.protocol import DefenderData
+from bdu.trainer import unlearn
+
+CLASSES = 4
+QUICK = {
+    "fine-tuning": {"epochs": 3},
+    "fst": {"epochs": 3, "clean_accuracy_floor": 0.0},
+    "ulrl": {"unlearn_epochs": 2, "relearn_epochs": 2, "unlearned_accuracy": 0.0, "least": 1},
+    "tsbd": {"unlearn_epochs": 2, "epochs": 2, "unlearned_accuracy": 0.0},
+    "i-bau": {"rounds": 1},
+    "bi-bau": {"rounds": 1, "epochs": 1, "inversion_steps": 8, "reference_epochs": 1},
+    "auto": {"steps": 10, "inversion_steps": 8},
+}
+
+
+def images(count=120):
+    """(N, 1, 8, 8) of four classes: which quarter is bright."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = 0.5 * torch.rand(count, 1, 8, 8, generator=generator), torch.arange(count) % CLASSES
+    for quarter in range(CLASSES):
+        row, column = 4 * (quarter // 2), 4 * (quarter % 2)
+        x[y == quarter, :, row : row + 4, column : column + 4] += 0.5
+    return x, y
+
+
+def network(*end):
+    torch.manual_seed(0)
+    end = end or (nn.Linear(16, CLASSES),)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), *end)
+
+
+def taught(model):
+    x, y = images()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(100):
+        optimizer.zero_grad()
+        functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return model.eval()
+
+
+def clean(method, model, **more):
+    options = {"progress": False, "clean": images(), **QUICK[method], **more}
+    return unlearn(model, method=method, **options)
+
+
+class Tied(nn.Module):
+    """Whose last layer is its hidden one again."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.hidden, self.last = (nn.Linear(n, CLASSES) for n in (64, CLASSES, CLASSES))
+        self.last.weight = self.hidden.weight
+
+    def forward(self, x):
+        return self.last(self.hidden(self.first(x.flatten(1)).relu()).relu())
+
+
+class Gated(nn.Module):
+    """Whose last linear layer only gates the logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.features, self.gate = nn.Linear(64, 8), nn.Linear(8, CLASSES)
+        self.classes = nn.Parameter(torch.randn(CLASSES, 8))
+
+    def forward(self, x):
+        hidden = self.features(x.flatten(1))
+        return torch.sigmoid(self.gate(hidden)) * (hidden @ self.classes.T)
+
+
+class Attentive(nn.Module):
+    """Fused attention over the rows of an image."""
+
+    def __init__(self):
+        super().__init__()
+        self.place = nn.Parameter(torch.zeros(1, 8, 8))
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.last = nn.Linear(8, CLASSES)
+
+    def forward(self, x):
+        rows = x[:, 0] + self.place
+        return self.last(self.attention(rows, rows, rows, need_weights=False)[0].mean(1))
+
+
+def computed():
+    return network(nn.utils.parametrizations.weight_norm(nn.Linear(16, CLASSES)))
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        (nn.Linear(16, CLASSES),),
+        (nn.Linear(16, CLASSES, bias=False),),
+        (nn.Linear(16, CLASSES), nn.LogSoftmax(1)),
+        (nn.Unflatten(1, (16, 1, 1)), nn.Conv2d(16, CLASSES, 1), nn.ReLU(), nn.Flatten()),
+    ],
+)
+def test_the_last_layer_is_found(end):
+    model = network(*end)
+    name = head_of(model, images()[0])
+    assert len(model.get_submodule(name).weight) == CLASSES
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (Tied, r"a weight of its own, got last sharing it \(hidden.weight, last.weight\)"),
+        (Gated, "logits in proportion to the final layer, got others from gate"),
+        (lambda: network(nn.Linear(16, CLASSES), nn.Softmax(1)), "logits in proportion"),
+        (computed, "a weight of its own, got 3 with a computed one"),
+        (lambda: network(nn.Linear(16, 3), nn.ConstantPad1d((0, 1), 0.0)), "4 outputs, got none"),
+    ],
+)
+@pytest.mark.parametrize("method", ["auto", "fst", "ulrl", "bi-bau"])
+def test_a_last_layer_that_cannot_be_made_afresh_is_refused(make, message, method, tmp_path):
+    with pytest.raises(ValueError, match="^model: expected .*" + message):
+        clean(method, make(), state_file=tmp_path / "state.pt")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("method", ["auto", "fst", "ulrl", "bi-bau"])
+def test_a_frozen_last_layer_is_refused_where_its_rows_are_made_afresh(method):
+    model = network()
+    model[3].requires_grad_(False)
+    with pytest.raises(ValueError, match=r"^model: expected a final layer to train.*got 3.weight"):
+        clean(method, model)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning")
+@pytest.mark.parametrize("method", sorted(QUICK))
+def test_models_that_no_method_can_train_are_refused(method):
+    class Extra(nn.Linear):
+        def get_extra_state(self):
+            return {"calls": 1}
+
+        def set_extra_state(self, state):
+            pass
+
+    for model, message in (
+        (network().requires_grad_(False), "parameters to train, got all of them frozen"),
+        (
+            network(Extra(16, CLASSES)),
+            "tensors alone in its state dict, got 3._extra_state, a dict",
+        ),
+        (torch.jit.trace(network(), images()[0]), "a plain nn.Module, got a ScriptModule"),
+    ):
+        with pytest.raises(ValueError, match="^model: expected " + message):
+            clean(method, model)
+
+
+def test_scaled_logits_are_those_of_the_model_given():
+    model, (x, _) = taught(network()), images()
+    data = DefenderData.split(images(), None, seed=0, device=torch.device("cpu"))
+    spread = logit_spread(model, data.clean) / 10
+    course = Course("test", model, data, Shared(logit_spread=spread), Running(0, progress=False))
+    with torch.no_grad():
+        factor = course.before(x) / model(x)
+    assert float(factor.std()) < 1e-6
+    assert spread / 2 < logit_spread(course.before, data.clean) <= spread
+
+
+def test_a_model_with_fused_attention_is_cleaned_by_i_bau_and_keeps_its_places_under_tsbd():
+    model = taught(Attentive())
+    with torch.no_grad():
+        model.place += 1.0
+    assert clean("i-bau", model).stopped == "ran all its steps"
+    cleaned = clean("tsbd", model, neuron_share=1.0, weight_share=1.0).model
+    assert int((cleaned.place == 0).sum()) == 0
+
+
+def test_tsbd_needs_a_layer_before_the_last():
+    with pytest.raises(
+        ValueError, match=r"^model: expected convolutions or linear layers to train"
+    ):
+        clean("tsbd", nn.Sequential(nn.Flatten(), nn.Linear(64, CLASSES)))
+
+
+def test_tsbd_ends_where_its_first_step_is_not_finite():
+    class Normed(nn.Module):
+        def forward(self, x):
+            return x / (x.square().sum(1, keepdim=True).sqrt() + 1e-6)  # no slope at 0
+
+    model = network(Normed(), nn.Linear(16, CLASSES))
+    model[2] = nn.Identity()
+    model[1].bias.data.zero_()
+    x, y = images()
+    course = unlearn(model, method="tsbd", clean=(x * 0, y), progress=False)
+    assert course.stopped != "ran all its steps"
+
+
+@pytest.mark.parametrize("method", ["fine-tuning", "fst"])
+def test_classes_that_no_clean_sample_shows_are_kept(method):
+    model, (x, y) = taught(network()), images()
+    some = y > 1
+    with pytest.warns(UserWarning, match="has no sample of 2 of the model's 4 classes"):
+        cleaned = clean(method, model, clean=(x[some], y[some]), epochs=20).model
+    right = cleaned(x).argmax(1) == y
+    assert float(right[some].float().mean()) > 0.9
+    assert float(right[~some].float().mean()) > 0.9
+
+
+def test_a_run_is_another_where_layers_labels_or_what_is_trained_differ():
+    data = DefenderData.split(images(), images(), seed=0, device=torch.device("cpu"))
+    model = network()
+    own = fingerprint(model, data)
+    assert own == fingerprint(copy.deepcopy(model), data)
+    other = copy.deepcopy(model)
+    other[2] = nn.GELU()
+    assert own != fingerprint(other, data)
+    frozen = copy.deepcopy(model)
+    frozen[1].bias.requires_grad_(False)
+    assert own != fingerprint(frozen, data)
+    x, y = images()
+    named = [
+        DefenderData.split(images(), (x, y, z), seed=0, device=y.device) for z in (y, (y + 1) % 4)
+    ]
+    assert fingerprint(model, named[0]) != fingerprint(model, named[1])
+
+
+def test_auto_leaves_the_callers_random_numbers_alone():
+    before = torch.get_rng_state()
+    clean("auto", taught(network()))
+    assert torch.equal(before, torch.get_rng_state())
