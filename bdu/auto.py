@@ -2,7 +2,7 @@
 
     r ← FST                                               the first candidate, and the reference
     φ_t ← what turns f_bd and not r                       for every class t, see classwise.py
-    anomaly(t) = (e_t − median) / (1.4826 MAD) over all classes,  e_t = log J(φ_t) / size(φ_t);
+    anomaly(t) = (e_t − median) / (1.4826 MAD) over all classes,  e_t = log(J(φ_t) / size(φ_t));
     where φ turns images to the class after their own, `threshold` · J(φ) / 0.5
     deficit(c): of clean images of class c that f_bd misses, see deficit.py
     all anomalies and deficits < `threshold`: f_bd looks clean and is returned as it is
@@ -246,7 +246,7 @@ def _chosen(
     found = _operators(course, s, tried)
     strengths = judge(found, course.before, None, samples, suspicious)[0]
     strongest = torch.zeros_like(suspicious)
-    strongest.view(-1)[strengths.argmax()] = True
+    strongest.view(-1)[strengths.masked_fill(~suspicious, -1.0).argmax()] = True
 
     def residue_of(model: nn.Module, only: Tensor = suspicious) -> float:
         return float(judge(found, model, None, samples, only)[0].max())
@@ -282,7 +282,9 @@ def _chosen(
         f"{back:.2f} half-way back or retuned; clean accuracy {accuracy:.3f} on the validation "
         f"split ({others})"
     )
-    if not removed:
+    if worked == 0:
+        reason += "; as no change works there was nothing to judge the candidates by but accuracy"
+    elif not removed:
         reason += "; that is no removal, and no candidate found one"
     return name, reason
 

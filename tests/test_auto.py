@@ -258,6 +258,26 @@ def test_it_says_so_where_nothing_helped(planted, judge):
     assert reason.endswith("that is no removal, and no candidate found one")
 
 
+def test_operators_that_turn_nothing_are_said_to_tell_nothing(planted, judge, monkeypatch):
+    retuned = []
+
+    def nothing(found, model, reference, samples, only=None):
+        return torch.zeros_like(judge.anomalies), torch.ones_like(judge.anomalies)
+
+    def kept(course, model, found, only):
+        retuned.append(only)
+        return model
+
+    monkeypatch.setattr(auto, "judge", nothing)
+    monkeypatch.setattr(auto, "_retuned", kept)
+    suspicious = torch.zeros_like(judge.anomalies, dtype=torch.bool)
+    suspicious[:, 3] = True
+    tried = {"suspect": planted.model.state_dict()}
+    _, reason = auto._chosen(judge.course, auto.Settings(), tried, suspicious)
+    assert reason.endswith("nothing to judge the candidates by but accuracy")
+    assert all(bool((only & ~suspicious).sum() == 0) and int(only.sum()) == 1 for only in retuned)
+
+
 def test_settings_out_of_range_are_refused(planted):
     for name, value in (("threshold", -1), ("accuracy_margin", -1), ("inversion_steps", 0)):
         with pytest.raises(ValueError, match=name):
