@@ -60,8 +60,6 @@ from bdu.attacks.trigger import triggered_like
 from bdu.checkpoint import atomic_write, load_into
 from bdu.cli import main as bdu
 from bdu.data import split_indices
-from bdu.defenses.bi_bau import AGAINST_A_REFERENCE
-from bdu.defenses.ulrl import WITH_LENGTH_KEPT
 from bdu.metrics import (
     Target,
     defense_effectiveness_rate,
@@ -70,7 +68,7 @@ from bdu.metrics import (
     target_labels,
 )
 from bdu.runs import versions
-from bdu.trainer import unlearn
+from bdu.trainer import OURS, unlearn
 
 MODELS = {"cifar10": "resnet18-w8", "gtsrb": "wrn16-1"}
 PLANTED = Path(__file__).parent / "planted"
@@ -96,15 +94,9 @@ HELD_OUT = {"cifar10": 0.05, "gtsrb": 0.08}  # by tracks, 5 % would miss nine cl
 CLEAN_SHARE = {"ulrl": 0.01}  # of the training set; 0.05
 # As published unless it says why not; "ours" are our variants of a method.
 SETTINGS: dict[str, dict[str, Any]] = {
-    "fst, ours": {"distillation": 0.9, "anneal": True, "epochs": 25},
-    "ulrl, ours": {**WITH_LENGTH_KEPT, "relearn_epochs": 60},
-    "bi-bau, ours": {**AGAINST_A_REFERENCE, "reference_epochs": 25, "epochs": 20},
-    "tsbd, ours": {"distillation": 0.9},
-    "i-bau, ours": {"distillation": 0.9},
+    **{f"{method}, ours": settings for method, settings in OURS.items()},
     "sau": {"epochs": 20, "lr": 5e-4},  # 100 at 1e-4: five times the time
-    "sau, ours": {"epochs": 20, "lr": 5e-4, "distillation": 0.9},
     "pam": {"epochs": 10},  # of a round; 30
-    "pam, ours": {"epochs": 10, "distillation": 0.9, "rho": 0.1, "triggered_share": 0.05},
 }
 
 

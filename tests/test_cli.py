@@ -212,6 +212,14 @@ def test_numbers_with_an_exponent_are_numbers(planted, tmp_path):
     assert metrics["settings"]["lr"] == 1e-3
 
 
+def test_a_preset_is_where_settings_start_from(planted, tmp_path):
+    clean = ("unlearn", "--out", tmp_path / "run", "--clean", planted / "defender_clean.npz")
+    more = ("--method", "fst", "--preset", "ours", "--set", "epochs=2")
+    assert main(on(planted, *clean, *more)) == 0
+    settings = json.loads((tmp_path / "run" / "metrics.json").read_text())["settings"]
+    assert (settings["distillation"], settings["anneal"], settings["epochs"]) == (0.9, True, 2)
+
+
 def test_evaluate_agrees_with_the_run_it_measures(planted, cleaned, tmp_path, capsys):
     out = tmp_path / "rates.json"
     arguments = on(
@@ -465,6 +473,7 @@ def test_resume_with_other_settings_is_refused(data, planted, capsys):
         (("--set", "lr=-1"), "lr: expected a number >= 0, got -1"),
         (("--set", "lr=fast"), "lr: expected a number, got 'fast'"),
         (("--set", "forget=ascent"), "forget: expected one of"),
+        (("--preset", "ours"), "--preset: expected published with method balanced"),
         (("--method", "prayer"), "--method: invalid choice: 'prayer'"),
         (("--target", "1"), "--attack or --trigger: expected"),
         (("--attack", "badnets"), "--target: expected"),

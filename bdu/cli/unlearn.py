@@ -23,7 +23,7 @@ from bdu.monitor.live import AttentionMonitor, Logger, TensorBoard, WeightsAndBi
 from bdu.monitor.report import write_report
 from bdu.optim import EWCSGD, EWCAdamW
 from bdu.runs import RunDirectory, versions
-from bdu.trainer import METHODS, SETTINGS, prepare, unlearn
+from bdu.trainer import METHODS, OURS, SETTINGS, prepare, unlearn
 
 _PROBE = 32  # triggered images whose attention is watched, at most
 
@@ -53,6 +53,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "what they really show",
     )
     parser.add_argument("--method", choices=sorted(METHODS), default="balanced")
+    parser.add_argument(
+        "--preset",
+        choices=("published", "ours"),
+        default="published",
+        help="where the method's settings start from: the paper's, or those of our variant, "
+        '"<method>, ours" in docs/methods.md and the tables',
+    )
     parser.add_argument(
         "--set",
         action="append",
@@ -91,7 +98,7 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError("--eval-data: expected, as a trigger is given to evaluate with")
     if options.retune_data is not None and trigger is None:
         raise ValueError("--retune-data: expected --attack or --trigger, and --target, with it")
-    settings = common.settings(options.set)
+    settings = {**_preset(options), **common.settings(options.set)}
     clean = common.images(options.clean, options, "--clean")
     triggered = None
     if options.triggered is not None:
@@ -198,6 +205,17 @@ def run(options: argparse.Namespace) -> None:
 
 # Copies that a method holds beside the model as given, the suspect model and the best.
 _MORE_COPIES = {"pam": 2, "tsbd": 3, "tbar": 1, "auto": 6}
+
+
+def _preset(options: argparse.Namespace) -> dict[str, Any]:
+    if options.preset == "published":
+        return {}
+    if options.method not in OURS:
+        raise ValueError(
+            f"--preset: expected published with method {options.method}, as only "
+            f"{', '.join(OURS)} have a variant of ours, got ours"
+        )
+    return OURS[options.method]
 
 
 def _memory_plan(model: nn.Module, method: str, settings: dict[str, Any]) -> MemoryPlan:
