@@ -146,6 +146,11 @@ def run(model: nn.Module, data: DefenderData, **options: Any) -> Result:
             f"{float(missing.max()):.2f}, both below {s.threshold:g}"
         )
         weights = dict(course.before.state_dict())
+    targets = _operators(course, s, tried).targets
+    absent = targets[~torch.isin(targets, course.shown) & (targets != NEXT)].tolist()
+    if absent:
+        named = ", ".join(map(str, absent))
+        reason += f"; no clean sample shows class {named}, whose triggers were not looked for"
     for _ in course.stage("choose", 1, guarded_from=None):
         course.student.load_state_dict(weights)
     return replace(course.result(), stopped=reason)
@@ -195,12 +200,14 @@ def _anomalies(course: Course, s: Settings, tried: Tried) -> Tensor:
         found, reference = _operators(course, s, tried), _with(course.before, _first(tried))
         fooled, sizes = judge(found, course.before, reference, course.data.clean_validation)
         ease = (fooled.clamp(min=0.01) / sizes.clamp(min=1e-6)).log()
-        classes = ease[:, found.targets != NEXT]
+        # What r has forgotten of a class that no clean sample shows, φ turns with ease.
+        shown = torch.isin(found.targets, course.shown)
+        classes = ease[:, shown]
         usual = classes.nanmedian(1, keepdim=True).values
         spread = 1.4826 * (classes - usual).abs().nanmedian(1, keepdim=True).values
         least = [kind.least_spread for kind in KINDS.values()]
         anomaly = (ease - usual) / spread.maximum(spread.new_tensor(least)[:, None])
-        anomaly = torch.where(fooled >= _LEAST_FOOLED, anomaly, 0.0).nan_to_num(0.0)
+        anomaly = torch.where(shown & (fooled >= _LEAST_FOOLED), anomaly, 0.0).nan_to_num(0.0)
         next_class = s.threshold / _LEAST_CYCLED * fooled
         return torch.where(found.targets == NEXT, next_class, anomaly)
 

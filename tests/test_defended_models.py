@@ -231,6 +231,16 @@ def test_a_run_is_another_where_layers_labels_or_what_is_trained_differ():
     assert fingerprint(model, named[0]) != fingerprint(model, named[1])
 
 
+@pytest.mark.filterwarnings("ignore:clean. has no sample")
+def test_auto_does_not_judge_classes_that_no_clean_sample_shows():
+    model, (x, y) = taught(network()), images()
+    some = y != 1
+    result = clean("auto", model, clean=(x[some], y[some]), inversion_steps=30)
+    assert result.stopped.endswith(
+        "; no clean sample shows class 1, whose triggers were not looked for"
+    )
+
+
 def test_auto_leaves_the_callers_random_numbers_alone():
     before = torch.get_rng_state()
     clean("auto", taught(network()))
