@@ -2,13 +2,16 @@
 
     python bench/prepare.py --out cifar10.npz
     python bench/prepare.py --gtsrb --out gtsrb.npz
-    python bench/defenses.py --cifar10 cifar10.npz --gtsrb gtsrb.npz --runs RUNS
+    python bench/defenses.py --cifar10 cifar10.npz --gtsrb gtsrb.npz --runs RUNS \\
+        --json bench/results/defenses.json --markdown bench/results/defenses.md \\
+        --plot bench/results/defenses.png --notes bench/results/defenses_notes.md
 
 Every case is a model that `bdu poison` plants, kept under a name that holds a hash of all that went
 into it; every cell is one defence on it, one .json file. What is there is taken as it is, so the
 table can be interrupted, extended and remade; a cell that was not run says so. Models that lie in
 bench/planted/ are taken from there, as they take hours (--keep-planted puts them there; without
-that folder all are planted anew), and so are the rows that --json holds already.
+that folder all are planted anew), and so are the rows that --json holds already: without --json
+everything is run. Rows that are not chosen (--only, --defenses, a data set that is not given) stay.
 
 Every case has every defence, the controls all but "balanced"; the anchored forms, and our distilled
 ones of TSBD, I-BAU, SAU and PAM, are run on what ANCHORED lists alone.
@@ -258,15 +261,40 @@ class Table:
                 shutil.copyfile(folder / name, PLANTED / folder.name / name)
 
     def adopt(self, rows: list[dict[str, Any]], chosen: list[Case]) -> None:
-        """Write the cells of rows of today's settings, where there are none."""
+        """Write the cells of rows of today's settings and models, where there are none."""
         known = {(case.label, case.seed): case for case in chosen}
         for row in rows:
             case = known.get((row["case"], row["case_seed"]))
             if case is None or row["settings"] != SETTINGS.get(row["defense"], {}):
                 continue
+            if row["model"] != self.folder(case).name:  # of other data, or trained otherwise
+                continue
             file = self.cell(case, row["defense"], row["seed"], row["anchored"])
             if not file.exists():
                 write_row(file, row)
+
+    def gather(
+        self,
+        earlier: list[dict[str, Any]],
+        every: Sequence[Case],
+        chosen: Sequence[Case],
+        defenses: Sequence[str],
+    ) -> tuple[list[dict[str, Any]], int]:
+        """Rows of what is chosen, earlier ones of the rest, and how many of the first are not."""
+        before = {
+            (row["case"], row["case_seed"], row["defense"], row["anchored"]): row for row in earlier
+        }
+        rows, missing = [], 0
+        for case in every:
+            for defense, anchored in planned(case, DEFENSES):
+                if case not in chosen or defense not in defenses:
+                    row = before.get((case.label, case.seed, defense, anchored))
+                    rows += [] if row is None else [row]
+                elif (file := self.cell(case, defense, case.seed, anchored)).exists():
+                    rows.append(json.loads(file.read_text()))
+                else:
+                    missing += 1
+        return rows, missing
 
 
 def call(*arguments: str | Path) -> None:
@@ -341,6 +369,7 @@ def measure(table: Table, case: Case, defense: str, seed: int, anchored: bool) -
     row: dict[str, Any] = {
         "case": case.label,
         "case_seed": case.seed,
+        "model": table.folder(case).name,
         "defense": defense,
         "anchored": anchored,
         "seed": seed,
@@ -507,6 +536,11 @@ def write_row(file: Path, row: dict[str, Any]) -> None:
     atomic_write(file, json.dumps(row) + "\n")
 
 
+def cases_of(options: argparse.Namespace) -> list[Case]:
+    """All that could be chosen."""
+    return TUNING if options.tuning else cases()
+
+
 def commit() -> str:
     """Of this code."""
     return subprocess.run(
@@ -535,9 +569,10 @@ def main() -> None:
     parser.add_argument("--keep-planted", action="store_true", help="copy models to bench/planted")
     parser.add_argument("--tabulate-only", action="store_true", help="run nothing")
     parser.add_argument("--job", default=None, help=argparse.SUPPRESS)
-    parser.add_argument("--json", type=Path, default=None)
+    parser.add_argument("--json", type=Path, default=None, help="read first, then written")
     parser.add_argument("--markdown", type=Path, default=None)
     parser.add_argument("--plot", type=Path, default=None, help="a .png; needs matplotlib")
+    parser.add_argument("--notes", type=Path, default=None, help="what to put below the table")
     options = parser.parse_args()
     data = {n: getattr(options, n) for n in MODELS if getattr(options, n) is not None}
     table = Table(options.runs, data)
@@ -546,11 +581,12 @@ def main() -> None:
         return
     chosen = [
         case
-        for case in (TUNING if options.tuning else cases())
+        for case in cases_of(options)
         if case.data in data
         and (options.only is None or any(part in case.label for part in options.only))
     ]
-    if options.json is not None and options.json.exists():
+    has_json = options.json is not None and options.json.exists()
+    if has_json:
         table.adopt(json.loads(options.json.read_text()), chosen)
     if not options.tabulate_only:
         for name in {case.data for case in chosen}:
@@ -563,23 +599,20 @@ def main() -> None:
     if options.keep_planted:
         for case in chosen:
             table.keep(case)
-    rows, missing = [], 0
-    for case in chosen:
-        for defense, anchored in planned(case, options.defenses):
-            file = table.cell(case, defense, case.seed, anchored)
-            if file.exists():
-                rows.append(json.loads(file.read_text()))
-            else:
-                missing += 1
+    earlier = json.loads(options.json.read_text()) if has_json else []
+    rows, missing = table.gather(earlier, cases_of(options), chosen, options.defenses)
+    commits = {row["commit"] for row in rows}
     setting = (
-        f"{MODELS['cifar10']} and {MODELS['gtsrb']}; commit {commit()}; "
-        f"{date.today().isoformat()}; torch {versions()['torch']}"
+        f"{MODELS['cifar10']} and {MODELS['gtsrb']}; rows of {len(commits)} commits, named in the "
+        f".json; {date.today().isoformat()}; torch {versions()['torch']}"
     )
     text = text_of(rows, missing, setting)
     print(text)
     if options.json is not None:
         atomic_write(options.json, json.dumps(rows, indent=1) + "\n")
     if options.markdown is not None:
+        if options.notes is not None:
+            text += "\n" + options.notes.read_text()
         if options.plot is not None:
             picture = os.path.relpath(options.plot, options.markdown.parent)
             text += f"\n![ASR, clean accuracy lost, and ASR after retuning]({picture})\n"

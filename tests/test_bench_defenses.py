@@ -26,10 +26,11 @@ def table(defenses, tmp_path):
     return defenses.Table(tmp_path / "runs", {"cifar10": tmp_path / "images.npz"})
 
 
-def row(defenses, case, defense, **changes):
+def row(defenses, table, case, defense, **changes):
     return {
         "case": case.label,
         "case_seed": case.seed,
+        "model": table.folder(case).name,
         "defense": defense,
         "anchored": False,
         "seed": case.seed,
@@ -40,9 +41,10 @@ def row(defenses, case, defense, **changes):
 
 def test_rows_of_an_earlier_table_count_as_run_where_the_settings_are_todays(defenses, table):
     case = defenses.Case("cifar10", "badnets")
-    old = row(defenses, case, "ulrl, ours", settings={"alpha": 0.123})
-    elsewhere = {**row(defenses, case, "fst"), "case": "cifar10, no such attack 10 %"}
-    table.adopt([row(defenses, case, "fst"), old, elsewhere], [case])
+    old = row(defenses, table, case, "ulrl, ours", settings={"alpha": 0.123})
+    elsewhere = {**row(defenses, table, case, "fst"), "case": "cifar10, no such attack 10 %"}
+    other = row(defenses, table, case, "ulrl", model="cifar10-badnets-0-of-other-data")
+    table.adopt([row(defenses, table, case, "fst"), old, elsewhere, other], [case])
     cells = sorted(file.name for file in (table.runs / "cells").rglob("*.json"))
     assert cells == [table.cell(case, "fst", 0, False).name]
 
@@ -68,8 +70,26 @@ def test_cells_that_are_there_are_not_replaced(defenses, table):
     case = defenses.Case("cifar10", "badnets")
     file = table.cell(case, "fst", 0, False)
     defenses.write_row(file, {"mine": True})
-    table.adopt([row(defenses, case, "fst")], [case])
+    table.adopt([row(defenses, table, case, "fst")], [case])
     assert file.read_text() == '{"mine": true}\n'
+
+
+def test_rows_that_are_not_chosen_stay(defenses, table):
+    every = [defenses.Case("cifar10", name) for name in ("badnets", "blended")]
+    earlier = [
+        row(defenses, table, case, name, seconds=1) for case in every for name in ("fst", "ulrl")
+    ]
+    gone = {**earlier[0], "case": "a case that is in the table no more"}
+    table.adopt([row(defenses, table, every[0], "fst", seconds=2)], every)
+    rows, missing = table.gather([*earlier, gone], every, every[:1], ["fst", "tbar"])
+    found = [(row["case"], row["defense"], row["seconds"]) for row in rows]
+    assert found == [
+        ("cifar10, badnets 10 %", "fst", 2),
+        ("cifar10, badnets 10 %", "ulrl", 1),
+        ("cifar10, blended 10 %", "fst", 1),
+        ("cifar10, blended 10 %", "ulrl", 1),
+    ]
+    assert missing == 3  # tbar, and both anchored
 
 
 def test_kept_models_are_put_back_before_planting(defenses, table, tmp_path, monkeypatch):
