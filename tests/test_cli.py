@@ -402,6 +402,22 @@ def test_interrupted_unlearn_resumes_to_the_same_weights(planted, cleaned, tmp_p
     assert RunDirectory(out).read_lines() == lines
 
 
+def test_a_run_that_kept_nothing_yet_starts_over(planted, cleaned, tmp_path, capsys):
+    out = tmp_path / "run"
+
+    def stop(model, *, callbacks, **more):
+        for callback in callbacks:
+            callback({"step": 0, "phase": "before"}, model)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bdu.cli.unlearn.unlearn", stop)
+        assert main(unlearn(planted, out)) == 130
+    assert "nothing was kept yet, start over with --resume" in capsys.readouterr().err
+    assert main(unlearn(planted, out, "--resume")) == 0
+    assert len(RunDirectory(out).read_lines()) == len(RunDirectory(cleaned).read_lines())
+
+
 def test_run_goes_on_with_its_own_settings(planted, cleaned, tmp_path, capsys):
     out = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:

@@ -35,6 +35,10 @@ _TOLD = (
 )
 
 
+# Files that there is nothing in to go on from.
+_NO_STATE = {"config.yaml", "metrics.jsonl", "attention.npz"}
+
+
 def parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     top = argparse.ArgumentParser(
@@ -67,8 +71,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"bdu {_called(options.command)}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        can_go_on = hasattr(options, "resume")
-        hint = f"; continue with --resume --out {options.out}" if can_go_on else ""
+        hint = ""
+        if hasattr(options, "resume"):
+            kept = {file.name for file in Path(options.out).glob("*")} - _NO_STATE
+            what = "continue" if kept else "nothing was kept yet, start over"
+            hint = f"; {what} with --resume --out {options.out}"
         print(f"bdu {_called(options.command)}: interrupted{hint}", file=sys.stderr)
         return 130
     return 0

@@ -139,7 +139,8 @@ def run(options: argparse.Namespace) -> None:
     directory.start(config, resume=options.resume)
     attention = _attention(model, triggered, trigger, directory)
     writers = _writers(options, config, directory)
-    lines: list[dict[str, Any]] = directory.read_lines() if options.resume else []
+    goes_on = options.resume and directory.state.exists()
+    lines: list[dict[str, Any]] = directory.read_lines() if goes_on else []
 
     def keep(line: dict[str, Any], _: nn.Module) -> None:
         lines.append(line)
