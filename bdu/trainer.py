@@ -7,8 +7,10 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
+from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -92,6 +94,8 @@ def unlearn(
         FloatingPointError: a gradient is not finite; names the parameter.
     """
     target_device = device_of(model) if device is None else torch.device(device)
+    # NumPy's numbers could not be read back from a state file.
+    settings = {n: v.item() if isinstance(v, np.generic) else v for n, v in settings.items()}
     data = prepare(
         model,
         method=method,
@@ -104,6 +108,7 @@ def unlearn(
     if device_of(model) != target_device:
         model = copy.deepcopy(model).to(target_device)
     _warn_of_absent_classes(model, data)
+    seed = int(seed)
     is_bare = _returns_a_tensor(model, data)
     result = METHODS[method](
         model if is_bare else _with_logits_alone(model),
@@ -117,6 +122,9 @@ def unlearn(
     )
     _make_whole(result.model)
     return result
+
+
+_SEEDS = 2**62  # a method may add to it
 
 
 class _Logits:
@@ -176,11 +184,16 @@ def prepare(
     """
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(sorted(METHODS))}, got {method!r}")
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < _SEEDS:
+        raise ValueError(f"seed: expected a whole number from 0 to 2**62 - 1, got {seed!r}")
     _check_settings(method, settings)
     _check_trainable(model)
     if method in NEEDS_TRIGGERED and triggered is None:
-        raise ValueError(f"triggered: expected samples, as method {method!r} needs them, got None")
-    data = DefenderData.split(clean, triggered, seed=seed, device=device)
+        raise ValueError(
+            f"triggered: expected samples, as method {method!r} needs them, got None; others, "
+            "'auto' for one, need none"
+        )
+    data = DefenderData.split(clean, triggered, seed=int(seed), device=device)
     if settings.get("forget") == "true_label" and (
         data.triggered is None or data.triggered.y_true is None
     ):
@@ -218,6 +231,8 @@ def _check_settings(method: str, settings: Mapping[str, Any]) -> None:
             raise ValueError(f"{name}: expected true or false, got {value!r}")
         if types[name] == "bool | None" and not (isinstance(value, bool) or value is None):
             raise ValueError(f"{name}: expected true, false or None, got {value!r}")
+        if types[name] == "int" and is_number and not isinstance(value, int):
+            raise ValueError(f"{name}: expected a whole number, got {value!r}")
         if types[name] in ("int", "float") and not is_number:
             raise ValueError(f"{name}: expected a number, got {value!r}")
         if types[name] == "float | None" and not (is_number or value is None):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -22,6 +23,7 @@ QUICK = {
     "tsbd": {"unlearn_epochs": 2, "epochs": 2, "unlearned_accuracy": 0.0},
     "i-bau": {"rounds": 1},
     "bi-bau": {"rounds": 1, "epochs": 1, "inversion_steps": 8, "reference_epochs": 1},
+    "tbar": {},
     "auto": {"steps": 10, "inversion_steps": 8},
 }
 
@@ -239,6 +241,37 @@ def test_auto_does_not_judge_classes_that_no_clean_sample_shows():
     assert result.stopped.endswith(
         "; no clean sample shows class 1, whose triggers were not looked for"
     )
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("bi-bau", {"inner_steps": 1.5}, "inner_steps: expected a whole number, got 1.5"),
+        ("ulrl", {"least": 1.5}, "least: expected a whole number, got 1.5"),
+        ("fst", {"seed": None}, "seed: expected a whole number .*, got None"),
+        ("fst", {"seed": 1.5}, "seed: expected a whole number .*, got 1.5"),
+        ("fst", {"seed": 2**64}, "seed: expected a whole number .*, got 18446744073709551616"),
+        ("fst", {"seed": -1}, "seed: expected a whole number .*, got -1"),
+    ],
+)
+def test_numbers_that_are_not_whole_are_refused(method, options, message):
+    with pytest.raises(ValueError, match="^" + message):
+        clean(method, network(), **options)
+
+
+def test_numbers_of_numpy_are_taken(tmp_path):
+    state = tmp_path / "state.pt"
+    options = {"epochs": np.int64(2), "lr": np.float32(0.25), "seed": np.int64(3)}
+    one = clean("fine-tuning", network(), state_file=state, **options)
+    other = clean("fine-tuning", network(), epochs=2, lr=0.25, seed=3)
+    assert one.settings == other.settings
+    assert torch.equal(one.model[1].weight, other.model[1].weight)
+    clean("fine-tuning", network(), state_file=state, resume=True, **options)
+
+
+def test_tbar_takes_less_where_the_most_overflows():
+    result = clean("tbar", taught(network()), largest_alpha=1e30, epochs=1, inversion_steps=4)
+    assert result.stopped == "ran all its steps"
 
 
 def test_auto_leaves_the_callers_random_numbers_alone():

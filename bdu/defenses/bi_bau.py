@@ -112,7 +112,9 @@ class Settings(Distilled):
         check_numbers(self, counts=("rounds", "epochs", "inversion_steps", "batch_size"))
         check_numbers(self, positive=("lr",), shares=("share",))
         check_numbers(self, at_least_zero=("inner_steps", "inner_lr", "radius", "pattern_size"))
-        check_numbers(self, at_least_zero=("adversarial_weight", "momentum", "weight_decay"))
+        check_numbers(
+            self, at_least_zero=("adversarial_weight", "weight_decay"), below_one=("momentum",)
+        )
         if self.reference_epochs:
             check_numbers(self, counts=("reference_epochs",))
 

@@ -105,6 +105,7 @@ def check_numbers(
     positive: Iterable[str] = (),
     at_least_zero: Iterable[str] = (),
     shares: Iterable[str] = (),
+    below_one: Iterable[str] = (),
 ) -> None:
     """Raise ValueError for a field out of range; counts are whole numbers of at least 1."""
     for name in counts:
@@ -120,6 +121,9 @@ def check_numbers(
     for name in shares:
         if not 0 <= getattr(settings, name) <= 1:
             raise ValueError(f"{name}: expected a share in [0, 1], got {getattr(settings, name)}")
+    for name in below_one:
+        if not 0 <= getattr(settings, name) < 1:
+            raise ValueError(f"{name}: expected a number in [0, 1), got {getattr(settings, name)}")
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ class Settings(Distilled):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_numbers(self, counts=("epochs", "batch_size"), positive=("lr",))
-        check_numbers(self, at_least_zero=("momentum", "weight_decay", "alpha"))
+        check_numbers(self, at_least_zero=("weight_decay", "alpha"), below_one=("momentum",))
 
 
 def run(model: nn.Module, data: DefenderData, **options: Any) -> Result:

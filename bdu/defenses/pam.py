@@ -59,7 +59,7 @@ class Settings(Distilled):
         super().__post_init__()
         check_numbers(self, counts=("rounds", "epochs", "inversion_steps", "batch_size"))
         check_numbers(self, positive=("lr",), shares=("triggered_share",))
-        check_numbers(self, at_least_zero=("rho", "momentum", "weight_decay"))
+        check_numbers(self, at_least_zero=("rho", "weight_decay"), below_one=("momentum",))
 
 
 def run(model: nn.Module, data: DefenderData, **options: Any) -> Result:

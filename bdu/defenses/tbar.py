@@ -55,7 +55,7 @@ class Settings(Shared):
         super().__post_init__()
         check_numbers(self, counts=("epochs", "inversion_steps", "batch_size"))
         check_numbers(self, positive=("lr", "largest_alpha"), shares=("accuracy_margin",))
-        check_numbers(self, at_least_zero=("momentum",))
+        check_numbers(self, below_one=("momentum",))
 
 
 def run(model: nn.Module, data: DefenderData, **options: Any) -> Result:
@@ -95,7 +95,15 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
 
 def _subtract(course: Course, learned: dict[str, Tensor], s: Settings) -> None:
     """Leave the student at the largest α that costs no more accuracy than allowed."""
-    least = share_called(course.before, course.data.clean_validation) - s.accuracy_margin
+    samples = course.data.clean_validation
+    least = share_called(course.before, samples) - s.accuracy_margin
+
+    def keeps_enough() -> bool:
+        try:
+            return share_called(course.student, samples) >= least
+        except FloatingPointError:  # outputs that overflow
+            return False
+
     for k in reversed(range(_GRID)):
         alpha = s.largest_alpha * k / (_GRID - 1)
         with torch.no_grad():
@@ -103,6 +111,6 @@ def _subtract(course: Course, learned: dict[str, Tensor], s: Settings) -> None:
                 if name in learned:
                     before = course.before.get_parameter(name)
                     p.copy_(torch.lerp(before, learned[name], -alpha))
-        if k == 0 or share_called(course.student, course.data.clean_validation) >= least:
+        if k == 0 or keeps_enough():
             course.note(alpha=alpha)
             return

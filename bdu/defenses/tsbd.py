@@ -67,7 +67,8 @@ class Settings(Distilled):
         check_numbers(self, counts=("unlearn_epochs", "epochs", "batch_size"))
         check_numbers(self, positive=("unlearn_lr", "lr"))
         shares = ("unlearned_accuracy", "neuron_share", "weight_share", "alpha")
-        check_numbers(self, shares=shares, at_least_zero=("radius", "momentum", "weight_decay"))
+        check_numbers(self, shares=shares, at_least_zero=("radius", "weight_decay"))
+        check_numbers(self, below_one=("momentum",))
 
 
 def run(model: nn.Module, data: DefenderData, **options: Any) -> Result:

@@ -97,7 +97,7 @@ class Settings(Distilled):
             raise ValueError(f"neurons: expected last or all, got {self.neurons!r}")
         check_numbers(self, counts=("unlearn_epochs", "relearn_epochs", "most", "batch_size"))
         check_numbers(self, positive=("unlearn_lr", "lr"), shares=("unlearned_accuracy",))
-        check_numbers(self, at_least_zero=("alpha", "momentum", "threshold", "least"))
+        check_numbers(self, at_least_zero=("alpha", "threshold", "least"), below_one=("momentum",))
 
 
 def run(model: nn.Module, data: DefenderData, **options: Any) -> Result:
