@@ -418,6 +418,11 @@ def test_a_run_that_kept_nothing_yet_starts_over(planted, cleaned, tmp_path, cap
     assert len(RunDirectory(out).read_lines()) == len(RunDirectory(cleaned).read_lines())
 
 
+def test_a_backdoor_that_was_not_learnt_is_told(data, tmp_path, capsys):
+    assert main(poison(data, tmp_path / "run", "--rate", "0.01", "--lr", "1e-6")) == 0
+    assert "the backdoor was not learnt: ASR" in capsys.readouterr().out
+
+
 def test_run_goes_on_with_its_own_settings(planted, cleaned, tmp_path, capsys):
     out = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:

@@ -24,6 +24,7 @@ from bdu.runs import RunDirectory, versions
 from bdu.training import SCHEDULES, fit
 
 EVALUATOR_SHARE = 0.2
+_LEAST_LEARNT = 0.1  # of ASR above the false-target rate
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -195,6 +196,12 @@ def run(options: argparse.Namespace) -> None:
     write_report(directory)
     directory.state.unlink(missing_ok=True)
     print(common.table([("planted", after)]))
+    success, floor = after["attack_success_rate"], after["false_target_rate"]
+    if success is not None and floor is not None and success < floor + _LEAST_LEARNT:
+        print(
+            f"the backdoor was not learnt: ASR {100 * success:.1f} % at a false-target rate of "
+            f"{100 * floor:.1f}; more --epochs or a higher --rate may help"
+        )
     print(f"wrote {directory.path}")
 
 
