@@ -127,7 +127,8 @@ def check_images(x: Any, name: str = "x") -> Tensor:
     low, high = (float(value) for value in torch.aminmax(images))
     if not (low >= 0 and high <= 1):
         raise ValueError(
-            f"{name}: expected float values in [0, 1] without NaN, got {low:g} to {high:g}"
+            f"{name}: expected float values in [0, 1] without NaN, got {low:g} to {high:g}; for "
+            "a model of normalised images see bdu.models.Normalize, or --mean and --std"
         )
     return images
 
@@ -306,7 +307,7 @@ def _load_npz(path: Path, split: str | None, names: list[str] | None) -> ImageDa
         x_name, y_name = ("x", "y") if split is None else (f"{split}_x", f"{split}_y")
         if x_name not in keys or y_name not in keys:
             splits = [key[:-2] for key in keys if key.endswith("_x") and key[:-2] + "_y" in keys]
-            there = "the splits " + ", ".join(splits) if splits else "the arrays " + ", ".join(keys)
+            there = "the splits " + ", ".join(splits) + " to choose from" if splits else "the arrays " + ", ".join(keys)
             message = f"split: expected {x_name} and {y_name} in {path}, got {there}"
             raise FileNotFoundError(message)
         x_array, y_array = _member(archive, x_name), _member(archive, y_name)
