@@ -307,7 +307,9 @@ def _load_npz(path: Path, split: str | None, names: list[str] | None) -> ImageDa
         x_name, y_name = ("x", "y") if split is None else (f"{split}_x", f"{split}_y")
         if x_name not in keys or y_name not in keys:
             splits = [key[:-2] for key in keys if key.endswith("_x") and key[:-2] + "_y" in keys]
-            there = "the splits " + ", ".join(splits) + " to choose from" if splits else "the arrays " + ", ".join(keys)
+            there = "splits to choose from: " + ", ".join(splits)
+            if not splits:
+                there = "the arrays " + ", ".join(keys)
             message = f"split: expected {x_name} and {y_name} in {path}, got {there}"
             raise FileNotFoundError(message)
         x_array, y_array = _member(archive, x_name), _member(archive, y_name)

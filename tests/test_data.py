@@ -159,7 +159,7 @@ def test_npz_splits_and_image_size(tmp_path):
 def test_absent_split_is_named(tmp_path, split):
     x, y = np.zeros((1, 4, 4, 3), np.uint8), np.array([0])
     save_npz(tmp_path / "a.npz", train_x=x, train_y=y, test_x=x, test_y=y, extra=y)
-    with pytest.raises(FileNotFoundError, match=r"split: .* got the splits train, test to choose from$"):
+    with pytest.raises(FileNotFoundError, match=r"split: .* splits to choose from: train, test$"):
         load_images(tmp_path / "a.npz", split=split)
 
 
