@@ -33,6 +33,7 @@ import json
 import math
 import os
 import platform
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,37 @@ def versions() -> dict[str, str | None]:
         except PackageNotFoundError:
             found[package] = None
     return found
+
+
+class Clock:
+    """Seconds of a run, those before it was resumed among them.
+
+    Args:
+        file: where they are kept.
+        start: of the command, as ``time.perf_counter`` tells it.
+        resume: whether to go on from what is kept.
+    """
+
+    def __init__(self, file: Path, start: float, *, resume: bool) -> None:
+        self.file, self.start, self.began = file, start, time.perf_counter()
+        self.earlier = {"seconds": 0.0, "total_seconds": 0.0}
+        if resume and file.is_file():
+            self.earlier |= json.loads(file.read_text())
+
+    @property
+    def seconds(self) -> float:
+        """Of the method."""
+        return self.earlier["seconds"] + time.perf_counter() - self.began
+
+    @property
+    def total_seconds(self) -> float:
+        """With loading and measuring."""
+        return self.earlier["total_seconds"] + time.perf_counter() - self.start
+
+    def keep(self) -> None:
+        """Write them down."""
+        kept = {"seconds": self.seconds, "total_seconds": self.total_seconds}
+        atomic_write(self.file, json.dumps(kept))
 
 
 class RunDirectory:

@@ -423,6 +423,20 @@ def test_a_backdoor_that_was_not_learnt_is_told(data, tmp_path, capsys):
     assert "the backdoor was not learnt: ASR" in capsys.readouterr().out
 
 
+def test_seconds_before_an_interruption_count(planted, tmp_path):
+    out = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_after(2, patch)
+        assert main(unlearn(planted, out)) == 130
+    kept = {"seconds": 1000.0, "total_seconds": 2000.0}
+    (out / "seconds.json").write_text(json.dumps(kept))
+    assert main(unlearn(planted, out, "--resume")) == 0
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert 1000 < metrics["seconds"] < 1900
+    assert metrics["total_seconds"] > 2000
+    assert not (out / "seconds.json").exists()
+
+
 def test_run_goes_on_with_its_own_settings(planted, cleaned, tmp_path, capsys):
     out = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:

@@ -36,7 +36,7 @@ _TOLD = (
 
 
 # Files that there is nothing in to go on from.
-_NO_STATE = {"config.yaml", "metrics.jsonl", "attention.npz"}
+_NO_STATE = {"config.yaml", "metrics.jsonl", "attention.npz", "seconds.json"}
 
 
 def parser() -> argparse.ArgumentParser:

@@ -22,7 +22,7 @@ from bdu.monitor.gradcam import target_layer
 from bdu.monitor.live import AttentionMonitor, Logger, TensorBoard, WeightsAndBiases, Writer
 from bdu.monitor.report import write_report
 from bdu.optim import EWCSGD, EWCAdamW
-from bdu.runs import RunDirectory, versions
+from bdu.runs import Clock, RunDirectory, versions
 from bdu.trainer import METHODS, OURS, SETTINGS, prepare, unlearn
 
 _PROBE = 32  # triggered images whose attention is watched, at most
@@ -141,12 +141,13 @@ def run(options: argparse.Namespace) -> None:
     writers = _writers(options, config, directory)
     goes_on = options.resume and directory.state.exists()
     lines: list[dict[str, Any]] = directory.read_lines() if goes_on else []
+    clock = Clock(directory.path / "seconds.json", start, resume=goes_on)
 
     def keep(line: dict[str, Any], _: nn.Module) -> None:
         lines.append(line)
         directory.write_lines(lines)
+        clock.keep()
 
-    began = time.perf_counter()
     result = unlearn(
         model,
         method=options.method,
@@ -163,7 +164,7 @@ def run(options: argparse.Namespace) -> None:
         resume=options.resume,
         **settings,
     )
-    seconds = time.perf_counter() - began
+    seconds = clock.seconds
     for writer in writers:
         writer.close()
     directory.write_lines(result.history)
@@ -178,7 +179,7 @@ def run(options: argparse.Namespace) -> None:
         "settings": result.settings,
         "stopped": result.stopped,
         "seconds": seconds,
-        "total_seconds": time.perf_counter() - start,
+        "total_seconds": clock.total_seconds,
         "seed": options.seed,
         "versions": versions(),
         "weight_change": _weight_change(model, result.model),
@@ -196,7 +197,8 @@ def run(options: argparse.Namespace) -> None:
         )
     directory.write_metrics(outcome)
     write_report(directory)
-    directory.state.unlink(missing_ok=True)
+    for file in (directory.state, clock.file):
+        file.unlink(missing_ok=True)
     if evaluation is not None:
         print(common.table([("before", before), ("after", after)]))
     if "retuned_attack_success_rate" in outcome:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 import time
@@ -17,7 +16,7 @@ from bdu.checkpoint import atomic_write
 from bdu.cli import common
 from bdu.monitor.page import four_digits
 from bdu.monitor.report import write_report
-from bdu.runs import RunDirectory, versions
+from bdu.runs import Clock, RunDirectory, versions
 
 _VERSIONED = ("transformers", "peft", "accelerate", "tokenizers")
 _SETTINGS = "settings"
@@ -176,7 +175,7 @@ def run(options: argparse.Namespace) -> None:
     checks.check_perplexity("before", stages["before"].rates)
     directory.start(kept, resume=options.resume)
     checks.write_inputs(work, inputs)
-    clock = _Clock(work / "seconds.json", start, resume=options.resume)
+    clock = Clock(work / "seconds.json", start, resume=options.resume)
 
     def add(line: dict[str, Any]) -> None:
         directory.add_line(line)
@@ -234,37 +233,6 @@ def run(options: argparse.Namespace) -> None:
     for text in result.warnings:
         print(f"warning: {text}", file=sys.stderr)
     print(f"{result.stopped}; wrote {directory.path}")
-
-
-class _Clock:
-    """Seconds of a run, those before it was resumed among them.
-
-    Args:
-        file: where they are kept.
-        start: of the command, as ``time.perf_counter`` tells it.
-        resume: whether to go on from what is kept.
-    """
-
-    def __init__(self, file: Path, start: float, *, resume: bool) -> None:
-        self.file, self.start, self.began = file, start, time.perf_counter()
-        self.earlier = {"seconds": 0.0, "total_seconds": 0.0}
-        if resume and file.is_file():
-            self.earlier |= json.loads(file.read_text())
-
-    @property
-    def seconds(self) -> float:
-        """Of the method."""
-        return self.earlier["seconds"] + time.perf_counter() - self.began
-
-    @property
-    def total_seconds(self) -> float:
-        """With loading and measuring."""
-        return self.earlier["total_seconds"] + time.perf_counter() - self.start
-
-    def keep(self) -> None:
-        """Write them down."""
-        kept = {"seconds": self.seconds, "total_seconds": self.total_seconds}
-        atomic_write(self.file, json.dumps(kept))
 
 
 def _version(package: str) -> str | None:
