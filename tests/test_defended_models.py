@@ -215,6 +215,16 @@ def test_classes_that_no_clean_sample_shows_are_kept(method):
     assert float(right[~some].float().mean()) > 0.9
 
 
+def test_moved_images_may_be_called_classes_that_no_clean_sample_shows():
+    x, y = images()
+    data = DefenderData.split((x[y > 0], y[y > 0]), None, seed=0, device=torch.device("cpu"))
+    course = Course("test", network(), data, Shared(), Running(0, progress=False))
+    logits, own = torch.tensor([[2.0, 1.0, 0.0, -1.0]]), torch.tensor([2])
+    for moved, among in ((False, logits[:, 1:]), (True, logits)):
+        loss = course.clean_loss(logits, x[:1], own, 0.0, moved=moved)
+        torch.testing.assert_close(loss, among.logsumexp(1)[0] - logits[0, 2])
+
+
 def test_a_run_is_another_where_layers_labels_or_what_is_trained_differ():
     data = DefenderData.split(images(), images(), seed=0, device=torch.device("cpu"))
     model = network()

@@ -170,6 +170,7 @@ def run(
                     batch.y[kept],
                     s.distillation,
                     None if suspect is None else suspect[kept],
+                    moved=True,
                 )
                 loss = loss + s.adversarial_weight * len(moved) / count * wrong
             course.step(optimizer, loss)

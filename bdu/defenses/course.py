@@ -324,11 +324,14 @@ class Course:
         y: Tensor,
         distillation: float,
         suspect: Tensor | None = None,
+        *,
+        moved: bool = False,
     ) -> Tensor:
         """(1 − d) CE(logits, y) + d T² KL(softmax of the suspect's logits / T ‖ of these / T), T 2.
 
         Hinton et al. 2015 (arXiv:1503.02531), equation 4. CE leaves out the logits of classes that
-        no clean sample shows, which it would only push down.
+        no clean sample shows, which it would only push down, but of images that were moved: there
+        one of them may be what a trigger is to call.
 
         Args:
             logits: of the student, (N, C).
@@ -336,8 +339,9 @@ class Course:
             y: their labels, (N,).
             distillation: d, in [0, 1].
             suspect: logits of the suspect model, where they are known.
+            moved: whether the logits are of images that something was done to.
         """
-        if len(self.shown) < logits.shape[1]:
+        if len(self.shown) < logits.shape[1] and not moved:
             loss = functional.cross_entropy(
                 logits[:, self.shown], torch.searchsorted(self.shown, y)
             )

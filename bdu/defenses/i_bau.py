@@ -111,7 +111,7 @@ def _hypergradient(
     mask = torch.zeros(len(batch), 1, 1, 1, device=images.device)
     mask[chosen] = 1.0
     logits = model(images + mask * delta)
-    outer = course.clean_loss(logits, images, batch.y, s.distillation)
+    outer = course.clean_loss(logits, images, batch.y, s.distillation, moved=True)
     slope, *gradients = torch.autograd.grad(outer, [delta, *parameters], allow_unused=True)
 
     first_images = as_unit_float(first.x)

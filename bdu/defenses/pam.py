@@ -85,7 +85,7 @@ def run(model: nn.Module, data: DefenderData, **options: Any) -> Result:
             optimizer.zero_grad()
             with _towards(parameters, suspect, s.rho):
                 logits = course.student(moved)
-                loss = course.clean_loss(logits, images, batch.y, s.distillation)
+                loss = course.clean_loss(logits, images, batch.y, s.distillation, moved=True)
                 loss.backward()
             course.apply(optimizer, loss)
     return course.result()
