@@ -231,13 +231,14 @@ def _check_settings(method: str, settings: Mapping[str, Any]) -> None:
             raise ValueError(f"{name}: expected true or false, got {value!r}")
         if types[name] == "bool | None" and not (isinstance(value, bool) or value is None):
             raise ValueError(f"{name}: expected true, false or None, got {value!r}")
-        if types[name] == "int" and is_number and not isinstance(value, int):
-            raise ValueError(f"{name}: expected a whole number, got {value!r}")
         if types[name] in ("int", "float") and not is_number:
             raise ValueError(f"{name}: expected a number, got {value!r}")
         if types[name] == "float | None" and not (is_number or value is None):
             raise ValueError(f"{name}: expected a number or None, got {value!r}")
     known(**settings)
+    for name, value in settings.items():
+        if types[name] == "int" and not isinstance(value, int):
+            raise ValueError(f"{name}: expected a whole number, got {value!r}")
 
 
 def _check_fits(model: nn.Module, data: DefenderData) -> None:
