@@ -542,8 +542,9 @@ def test_the_hypergradient_of_i_bau_is_that_of_unrolled_fixed_point_steps():
             return samples.x
 
         @staticmethod
-        def clean_loss(logits, images, y, distillation):
+        def clean_loss(logits, images, y, distillation, *, moved):
             assert distillation == 0
+            assert moved
             return functional.cross_entropy(logits, y)
 
     samples = Samples(x, y)
