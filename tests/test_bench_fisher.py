@@ -1,6 +1,6 @@
 """The arms of bench/fisher.py compute what they are timed for."""
 
-import importlib.util
+import importlib
 import sys
 from pathlib import Path
 
@@ -14,26 +14,22 @@ SAMPLES = 4
 CLOSE = 1e-5
 
 
-def load():
-    """The benchmark by its path, as bench/ is no package; it finds its neighbours on the path."""
+def load(name):
+    """A benchmark by its path, as bench/ is no package; it finds its neighbours on the path."""
     sys.path.insert(0, str(BENCH))
     try:
-        spec = importlib.util.spec_from_file_location("bench_fisher", BENCH / "fisher.py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # where dataclasses look their annotations up
-        spec.loader.exec_module(module)
+        return importlib.import_module(name)
     finally:
         sys.path.remove(str(BENCH))
-    return module
 
 
-bench = load()
-EXACT = [name for name, arm in bench.ARMS.items() if arm.is_exact]
+bench, arms, problems = load("fisher"), load("fisher_arms"), load("fisher_problems")
+EXACT = [name for name, arm in arms.ARMS.items() if arm.is_exact]
 
 
 def perceptron():
     model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
-    return bench.classifier(model, torch.randn(SAMPLES, 6), 3)
+    return problems.classifier(model, torch.randn(SAMPLES, 6), 3)
 
 
 def convolutions():
@@ -42,7 +38,7 @@ def convolutions():
     )
     x = torch.randn(SAMPLES, 2, 6, 7)
     y = torch.randn(SAMPLES, 3, 3, 4)
-    return bench.Problem(model.eval(), x, y, bench.functional, bench.functional)
+    return problems.Problem(model.eval(), x, y, problems.functional, problems.functional)
 
 
 def normalised():
@@ -54,7 +50,9 @@ def normalised():
         nn.Linear(4 * 25, 3),
     )
     model[1].running_mean.normal_()
-    return bench.classifier(model, torch.randn(SAMPLES, 2, 5, 5), 3, plain=bench.without_buffers)
+    return problems.classifier(
+        model, torch.randn(SAMPLES, 2, 5, 5), 3, plain=problems.without_buffers
+    )
 
 
 PROBLEMS = {"perceptron": perceptron, "convolutions": convolutions, "normalised": normalised}
@@ -69,8 +67,8 @@ def problem(name):
 def choose(name, given):
     """The arm as the benchmark makes it; skips where its package is not installed."""
     try:
-        return bench.chosen(bench.ARMS[name], given, given, bench.float64_loop(given))
-    except bench.NotRun as reason:
+        return bench.chosen(arms.ARMS[name], given, given, bench.float64_loop(given))
+    except problems.NotRun as reason:
         if "pip install" in str(reason):
             pytest.skip(str(reason))
         raise
@@ -100,18 +98,18 @@ def test_a_batch_norm_in_evaluation_mode_is_within_every_arm(name):
 
 
 def test_what_a_library_cannot_run_is_given_as_the_reason():
-    with pytest.raises(bench.NotRun, match="batch_norm"):
+    with pytest.raises(problems.NotRun, match="batch_norm"):
         choose("Opacus ExpandedWeights", problem("normalised"))
 
 
 def test_a_missing_package_is_named(monkeypatch):
     def absent(package):
-        raise bench.PackageNotFoundError(package)
+        raise arms.PackageNotFoundError(package)
 
-    monkeypatch.setattr(bench, "version", absent)
+    monkeypatch.setattr(arms, "version", absent)
     given = problem("perceptron")
-    with pytest.raises(bench.NotRun, match="pip install opacus"):
-        bench.chosen(bench.ARMS["Opacus hooks"], given, given, bench.float64_loop(given))
+    with pytest.raises(problems.NotRun, match="pip install opacus"):
+        bench.chosen(arms.ARMS["Opacus hooks"], given, given, bench.float64_loop(given))
 
 
 def test_the_square_of_the_batch_is_another_quantity_and_says_so():
@@ -143,17 +141,19 @@ def test_plain_modules_compute_what_the_model_does(model):
         sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
         images = {"intermediate_size": 12, "image_size": 8, "patch_size": 4, "num_labels": 3}
         network = transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, **images))
-        given = bench.classifier(network, torch.rand(SAMPLES, 3, 8, 8), 3, plain=bench.PlainViT)
+        given = problems.classifier(
+            network, torch.rand(SAMPLES, 3, 8, 8), 3, plain=problems.PlainViT
+        )
     else:
         sizes = {"n_embd": 8, "n_layer": 1, "n_head": 2, "vocab_size": 7, "n_positions": 9}
         none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "use_cache": False}
         ends = {"bos_token_id": None, "eos_token_id": None}
         network = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **none, **ends))
         x, y = torch.randint(7, (2, SAMPLES, 5))
-        loss = (bench.cross_entropy, "cross_entropy")
-        given = bench.Problem(network.eval(), x, y, *loss, plain=bench.PlainGPT2)
+        loss = (problems.cross_entropy, "cross_entropy")
+        given = problems.Problem(network.eval(), x, y, *loss, plain=problems.PlainGPT2)
     arm, _, (error, parameter) = choose("bmm + square-sum", given)
-    assert arm.form == bench.PLAIN
+    assert arm.form == arms.PLAIN
     assert error < CLOSE, parameter
 
 
