@@ -8,9 +8,10 @@
     all anomalies and deficits < `threshold`: f_bd looks clean and is returned as it is
     else of the candidates that at least halve the residue = max over the suspicious t of the share
     of images that φ_t turns, and whose clean accuracy is within `accuracy_margin` of the best such,
-    that with the least of residue + what comes back − clean accuracy; what comes back is the larger
-    residue of that half-way on the line to f_bd and that after five of the defender's own images
-    under φ_t were taught as t
+    that with the least of residue + what comes back − clean accuracy, or of those within a standard
+    error of it the one of the highest clean accuracy; what comes back is the larger residue of that
+    half-way on the line to f_bd and that after five of the defender's own images under φ_t were
+    taught as t
 
 Small changes also fool a model that was never backdoored, but what fools it spoils the image for a
 copy with a new last layer, too: natural weaknesses are in the data and transfer, a backdoor is in
@@ -63,7 +64,7 @@ from bdu.metrics import ALL_TO_ALL, predict, target_labels
 
 NAME = "auto"
 CANDIDATES: dict[str, tuple[Callable[..., Result], str, dict[str, Any]]] = {
-    "fst": (fst.run, "epochs", {"lr": 0.01, "anneal": True}),
+    "fst": (fst.run, "epochs", {"lr": 0.01, "fresh_bias": False}),
     "bi-bau": (bi_bau.run, "epochs", bi_bau.AGAINST_A_REFERENCE),
     "ulrl": (ulrl.run, "relearn_epochs", {"lr": 5e-3, **ulrl.WITH_LENGTH_KEPT}),
 }
@@ -274,7 +275,13 @@ def _chosen(
     good = {n: values for n, values in (removed or judged).items() if values[0] >= least}
     # Not the residue alone: a removal that leaves less by chance may be gone with a few steps. And
     # a point of accuracy is worth a point of it, so that chance does not decide among good ones.
-    name = min(good, key=lambda n: good[n][1] + good[n][2] - good[n][0])
+    # Of those within a standard error of the best, that which costs least: on few images a little
+    # less residue is chance, and the accuracy that a rare class lost shows little.
+    scores = {n: left + again - kept for n, (kept, left, again) in good.items()}
+    first = min(scores, key=scores.__getitem__)
+    error = math.hypot(*(standard_error(share, count) for share in good[first]))
+    near = [n for n in good if scores[n] <= scores[first] + error]
+    name = max(near, key=lambda n: (good[n][0], -scores[n]))
     accuracy, residue, back = judged[name]
     targets = found.targets[suspicious.any(0)].tolist()
     classes = [str(t) for t in targets if t != NEXT]
@@ -309,6 +316,7 @@ def _retuned(course: Course, model: nn.Module, found: Found, only: Tensor) -> nn
     chosen = others[chosen.to(others.device)]
     with torch.no_grad():
         moved, _ = operator(as_unit_float(clean.x[chosen]), torch.full_like(chosen, row))
+    moved = moved.clamp(0, 1)  # sampling between pixels of 1 rounds above it
     return retune(model, clean.x, clean.y, moved, wanted[chosen], seed=course.seed).eval()
 
 

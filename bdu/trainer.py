@@ -37,7 +37,7 @@ SETTINGS: dict[str, Callable[..., Any]] = {
 NEEDS_TRIGGERED = frozenset({"balanced"})
 
 OURS: dict[str, dict[str, Any]] = {
-    "fst": {"distillation": 0.9, "anneal": True, "epochs": 25},
+    "fst": {"distillation": 0.9, "fresh_bias": False, "epochs": 25},
     "ulrl": {**ulrl.WITH_LENGTH_KEPT, "relearn_epochs": 60},
     "bi-bau": {**bi_bau.AGAINST_A_REFERENCE, "reference_epochs": 25, "epochs": 20},
     "tsbd": {"distillation": 0.9},

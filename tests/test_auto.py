@@ -155,6 +155,8 @@ def test_a_class_that_is_missed_and_never_called_is_a_deficit(planted, judge):
     )
     assert float(deficits[3]) == pytest.approx(of_class**0.5)
     assert float(deficits[judge.found.targets == NEXT].abs().max()) == 0
+    # of other targets, too, once it is kept
+    assert deficit.deficits(course, torch.tensor([NEXT, 3])).tolist() == [0, float(deficits[3])]
 
 
 def test_a_class_that_is_taken_for_another_as_often_as_it_is_missed_is_none(judge, monkeypatch):
@@ -243,6 +245,16 @@ def test_a_candidate_is_retuned_with_five_inverted_triggers(judge, target, monke
     wanted = (y[places] + 1) % 10 if target == NEXT else torch.full((5,), target)
     assert torch.equal(labels, wanted)
     assert (labels != y[places]).all()
+
+
+def test_a_trigger_whose_pixels_round_beyond_white_is_retuned_with_all_the_same(judge, monkeypatch):
+    course, found = judge.course, judge.found
+    only = torch.zeros_like(judge.anomalies, dtype=torch.bool)
+    only[1, found.targets == TARGET] = True
+    kind = list(found.operators)[1]
+    above = lambda x, rows: (torch.full_like(x, 1 + 1e-6), rows)  # noqa: E731
+    monkeypatch.setitem(found.operators, kind, above)
+    auto._retuned(course, course.before, found, only)
 
 
 def test_what_removes_nothing_is_not_chosen_for_its_accuracy(planted, cleaned, judge):

@@ -217,7 +217,7 @@ def test_a_preset_is_where_settings_start_from(planted, tmp_path):
     more = ("--method", "fst", "--preset", "ours", "--set", "epochs=2")
     assert main(on(planted, *clean, *more)) == 0
     settings = json.loads((tmp_path / "run" / "metrics.json").read_text())["settings"]
-    assert (settings["distillation"], settings["anneal"], settings["epochs"]) == (0.9, True, 2)
+    assert (settings["distillation"], settings["fresh_bias"], settings["epochs"]) == (0.9, False, 2)
 
 
 def test_evaluate_agrees_with_the_run_it_measures(planted, cleaned, tmp_path, capsys):

@@ -22,8 +22,10 @@ QUICK = {
     "ulrl": {"unlearn_epochs": 2, "relearn_epochs": 2, "unlearned_accuracy": 0.0, "least": 1},
     "tsbd": {"unlearn_epochs": 2, "epochs": 2, "unlearned_accuracy": 0.0},
     "i-bau": {"rounds": 1},
+    "pam": {"rounds": 1, "epochs": 2, "inversion_steps": 8},
     "bi-bau": {"rounds": 1, "epochs": 1, "inversion_steps": 8, "reference_epochs": 1},
     "tbar": {},
+    "balanced": {},
     "auto": {"steps": 10, "inversion_steps": 8},
 }
 
@@ -204,15 +206,56 @@ def test_tsbd_ends_where_its_first_step_is_not_finite():
     assert course.stopped != "ran all its steps"
 
 
-@pytest.mark.parametrize("method", ["fine-tuning", "fst"])
+@pytest.mark.parametrize("method", ["fine-tuning", "fst", "i-bau", "pam"])
 def test_classes_that_no_clean_sample_shows_are_kept(method):
     model, (x, y) = taught(network()), images()
     some = y > 1
+    own = {"i-bau": {"rounds": 60, "lr": 0.01}, "pam": {"rounds": 1, "epochs": 20}}
+    more = own.get(method, {"epochs": 20})
     with pytest.warns(UserWarning, match="has no sample of 2 of the model's 4 classes"):
-        cleaned = clean(method, model, clean=(x[some], y[some]), epochs=20).model
+        cleaned = clean(method, model, clean=(x[some], y[some]), **more).model
     right = cleaned(x).argmax(1) == y
     assert float(right[some].float().mean()) > 0.9
     assert float(right[~some].float().mean()) > 0.9
+
+
+def test_fst_leaves_rows_of_classes_that_no_clean_sample_shows_as_long_as_they_were():
+    model, (x, y) = taught(network()), images()
+    some = y > 1
+    with pytest.warns(UserWarning, match="no sample of 2"):
+        cleaned = clean("fst", model, clean=(x[some], y[some]), lr=1e-6).model
+    before, after = model[-1].weight[:2], cleaned[-1].weight[:2]
+    torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("fresh_bias", [True, False])
+def test_fst_makes_the_bias_afresh_unless_told_otherwise(fresh_bias):
+    model = taught(network())
+    with torch.no_grad():
+        model[-1].bias.add_(7.0)  # the same for every class: no logit tells another story
+    cleaned = clean("fst", model, fresh_bias=fresh_bias).model
+    assert (float(cleaned[-1].bias.detach().mean()) < 1) == fresh_bias
+
+
+@pytest.mark.parametrize("method", ["tsbd", "balanced"])
+def test_a_parameter_that_the_output_does_not_use_does_no_harm(method):
+    class Idle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.idle = network(), nn.Linear(3, 3)
+
+        def forward(self, x):
+            return self.used(x)
+
+    model = Idle()
+    before = model.idle.weight.detach().clone()
+    more = {}
+    if method == "balanced":
+        x, y = images(40)
+        more = {"triggered": (x[y > 0], 0 * y[y > 0]), "unlearn_steps": 3, "recovery_steps": 2}
+        more |= {"fisher_samples": 10}
+    cleaned = clean(method, model, **more).model
+    torch.testing.assert_close(cleaned.idle.weight.detach(), before, rtol=1e-3, atol=0)  # decayed
 
 
 def test_moved_images_may_be_called_classes_that_no_clean_sample_shows():
@@ -220,7 +263,7 @@ def test_moved_images_may_be_called_classes_that_no_clean_sample_shows():
     data = DefenderData.split((x[y > 0], y[y > 0]), None, seed=0, device=torch.device("cpu"))
     course = Course("test", network(), data, Shared(), Running(0, progress=False))
     logits, own = torch.tensor([[2.0, 1.0, 0.0, -1.0]]), torch.tensor([2])
-    for moved, among in ((False, logits[:, 1:]), (True, logits)):
+    for moved, among in ((None, logits[:, 1:]), (torch.tensor([True]), logits)):
         loss = course.clean_loss(logits, x[:1], own, 0.0, moved=moved)
         torch.testing.assert_close(loss, among.logsumexp(1)[0] - logits[0, 2])
 

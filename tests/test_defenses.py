@@ -397,6 +397,10 @@ def test_deviations_by_hand():
     scores = torch.tensor([1.0, 2.0, 3.0, 4.0, 100.0])
     expected = (scores - 3.0) / (1.4826 * 1.0)
     assert torch.allclose(deviations(scores), expected)
+    # of two the median is between them: neither stands out, however near they are
+    assert torch.allclose(
+        deviations(torch.tensor([1.0, 1.0001])).abs(), torch.tensor(0.6745), atol=1e-3
+    )
     # half of them equal: the spread is 0, and only what differs stands out
     scores = torch.tensor([1.0, 1.0, 1.0, 5.0])
     assert deviations(scores)[:3].tolist() == [0, 0, 0]
@@ -544,7 +548,7 @@ def test_the_hypergradient_of_i_bau_is_that_of_unrolled_fixed_point_steps():
         @staticmethod
         def clean_loss(logits, images, y, distillation, *, moved):
             assert distillation == 0
-            assert moved
+            assert moved.sum() == 3
             return functional.cross_entropy(logits, y)
 
     samples = Samples(x, y)
@@ -562,8 +566,8 @@ def test_the_hypergradient_of_i_bau_is_that_of_unrolled_fixed_point_steps():
         delta = delta.requires_grad_()
         outer = functional.cross_entropy(model(x + mask * delta), y)
         slope, *direct = torch.autograd.grad(outer, [delta, *parameters])
-        called = model(x).argmax(1)
-        inner = i_bau._inner(model, x, called, delta)
+        assert (model(x).argmax(1) != y).any()  # the labels, not what the model says
+        inner = i_bau._inner(model, x, y, delta)
         (inner_slope,) = torch.autograd.grad(inner, delta, create_graph=True)
         mapped = (delta - 0.1 * inner_slope).flatten()
         rows = [torch.autograd.grad(m, delta, retain_graph=True)[0].flatten() for m in mapped]
@@ -602,8 +606,18 @@ def test_shared_examples_stay_within_their_radius(planted):
     settings = sau.Settings(radius=0.1, inner_lr=0.1, inner_steps=3)
     course = Course("sau", planted.model, planted.data(), settings, Running(0, progress=False))
     images = course.data.clean.x[:16].float() / 16
-    moved = sau._shared_examples(course, images, course.data.clean.y[:16], settings)
+    called = (planted.model(images).argmax(1),) * 2
+    moved = sau._shared_examples(course, images, course.data.clean.y[:16], called, settings)
     assert float((moved - images).abs().max()) <= 0.1 + 1e-6
+
+
+def test_images_that_a_model_misses_are_not_fooled_by_that(planted):
+    settings = sau.Settings(inner_steps=1, beta_shared=0.0)
+    course = Course("sau", planted.model, planted.data(), settings, Running(0, progress=False))
+    images = course.data.clean.x[:16].float() / 255
+    called = course.student(images + settings.radius).argmax(1)  # as if δ changed none yet
+    moved = sau._shared_examples(course, images, (called + 1) % 10, (called, called), settings)
+    assert ((moved - images) < settings.radius / 2).flatten(1).any(1).all()
 
 
 def test_pam_looks_from_rho_away_and_comes_back():
@@ -648,6 +662,15 @@ def test_an_inversion_survives_being_saved(planted):
     assert torch.equal(found.targets, again.targets)
     same = invert_trigger(planted.model, clean, seed=0, settings=Inversion(steps=5, width=4))
     assert torch.equal(found.operator.addend, same.operator.addend)
+
+
+@pytest.mark.parametrize("gap", [10.0, 60.0])
+def test_no_confidence_makes_the_class_itself_a_target(gap):
+    prior = inversion._Prior(torch.full((4,), 0.25))
+    y = torch.arange(4)
+    weights = prior.weights(torch.log_softmax(gap * torch.eye(4), 1), y)
+    assert float(weights.diagonal().max()) == 0
+    torch.testing.assert_close(weights.sum(1), torch.ones(4))
 
 
 def test_the_prior_gathers_on_what_is_seen_and_never_on_the_class_itself():

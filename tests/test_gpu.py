@@ -18,6 +18,7 @@ from bdu import dispatch, ops
 from bdu.optim import EWCSGD, EWCAdamW
 from bdu.quantization import quantize
 from bdu.rounding import Rounding
+from bdu.trainer import unlearn
 
 pytestmark = [
     pytest.mark.gpu,
@@ -29,6 +30,29 @@ BOTH = pytest.mark.parametrize("cls", [EWCSGD, EWCAdamW])
 ON_BOTH_BACKENDS = pytest.mark.parametrize("backend", BACKENDS)
 OPERATIONS = ("ewc_sgd_step", "ewc_adamw_step")
 SHAPES = [(), (0,), (1,), (63,), (1024,), (1025,), (3, 5, 7), (40_001,), (2, 3, 33)]
+
+
+class Interrupted(Exception):
+    """Raised by a callback."""
+
+
+@pytest.mark.parametrize("method", ["tbar", "bi-bau"])
+def test_a_resumed_defence_finds_what_it_kept_on_its_device(method, tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 4)).cuda()
+    options: dict[str, Any] = {"clean": (torch.rand(60, 1, 8, 8), torch.arange(60) % 4)}
+    options |= {"inversion_steps": 8, "epochs": 2, "state_file": tmp_path / "state.pt"}
+    looks: list[Any] = []
+
+    def stop(line: Any, _: nn.Module) -> None:
+        looks.append(line)
+        if len(looks) == 2:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        unlearn(model, method=method, callbacks=[stop], progress=False, **options)
+    resumed = unlearn(model, method=method, resume=True, progress=False, **options)
+    assert next(resumed.model.parameters()).is_cuda
 
 
 @contextmanager

@@ -88,8 +88,8 @@ class Settings:
         mirror: mirror half of them, too; right for photographs, wrong for digits and signs. None:
             where the model calls mirrored clean images right as often, within a standard error.
         evaluate_every: steps between two looks at the validation split.
-        clean_accuracy_floor: stop when clean accuracy on the validation split falls by more than
-            this share of what it was at the start.
+        clean_accuracy_floor: stop when clean accuracy on the validation split falls below this
+            share of what it was at the start.
     """
 
     forget: Forget | None = None
@@ -420,7 +420,7 @@ def _moved_towards_the_backdoor(
         yield
         return
     params: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
-    grads = torch.autograd.grad(forget(model(images), bad), params)
+    grads = torch.autograd.grad(forget(model(images), bad), params, materialize_grads=True)
     scale = float(radius / (grad_norm(grads) + 1e-12))
     before = [p.detach().clone() for p in params]
     with torch.no_grad():

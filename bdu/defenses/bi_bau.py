@@ -54,7 +54,7 @@ from bdu.defenses.course import (
 )
 from bdu.defenses.deficit import LEAST_DEFICIT, deficits
 from bdu.defenses.feature_shift import LEAST_KEPT, alphas, shift_features
-from bdu.defenses.inversion import Inversion, Inverted, invert_trigger
+from bdu.defenses.inversion import Inversion, Inverted, invert_trigger, log_targets
 from bdu.defenses.protocol import DefenderData, Result
 from bdu.defenses.random_patterns import with_random_patterns
 
@@ -88,7 +88,8 @@ class Settings(Distilled):
             under as well, where a reference and a class that was learnt by its trigger are there.
         lr, momentum, weight_decay: of SGD; lr falls as a cosine over the whole run.
         batch_size: samples a step.
-        train_batch_norm: whether batch norm takes the statistics of clean batches meanwhile.
+        train_batch_norm: whether batch norm takes statistics meanwhile: of the clean images of a
+            batch and the moved ones together.
     """
 
     rounds: int = 5
@@ -170,7 +171,7 @@ def run(
                     batch.y[kept],
                     s.distillation,
                     None if suspect is None else suspect[kept],
-                    moved=True,
+                    moved=torch.ones_like(kept, dtype=torch.bool),
                 )
                 loss = loss + s.adversarial_weight * len(moved) / count * wrong
             course.step(optimizer, loss)
@@ -192,6 +193,7 @@ def _reference(course: Course, s: Settings) -> nn.Module | None:
             s.reference_epochs,
             alpha=alpha,
             anneal=True,
+            fresh_bias=False,
             batch_size=s.batch_size,
             distillation=0.0,
             guarded=False,
@@ -266,8 +268,7 @@ def _examples(
         with torch.no_grad():
             base = found.operator(images)
             logits = course.before(base)
-            odds = logits.log_softmax(1) + found.targets[y].clamp(min=1e-12).log()
-            wanted = odds.argmax(1)
+            wanted = (logits.log_softmax(1) + log_targets(found.targets)[y]).argmax(1)
     moved = base
     for _ in range(s.inner_steps):
         moved = moved.detach().requires_grad_()

@@ -55,8 +55,8 @@ class Search:
         steps: of Adam for each kind of operator.
         batch_size: images a step, shared by all targets.
         wanted: share of a target's images that are to be turned; μ settles there.
-        most_targets: classes at most that have an operator; of more, those are taken towards which
-            a small perturbation of all images leads f more than r.
+        most_targets: classes at most that have an operator; of more, those towards which a small
+            perturbation of all images leads f more than r, the ones that `clean` shows first.
         judged_on: clean images at most that J is measured on.
         strict: whether the reference is to call moved images right, or only not what f does.
     """
@@ -376,6 +376,7 @@ def _targets(
         classes = torch.arange(model(images[:1]).shape[1], device=device)
     if len(classes) > s.most_targets:
         ratio = _pull(model, images, classes) / _pull(reference, images, classes).clamp(min=1e-12)
+        ratio[~torch.isin(classes, clean.y)] = -1.0  # only after all that the samples show
         classes = ratio.topk(s.most_targets).indices.sort().values
     return torch.cat([classes, torch.tensor([NEXT], device=device)])
 

@@ -296,10 +296,6 @@ class Course:
                 return
             yield samples.at(part)
 
-    def draw(self, samples: Samples, count: int) -> Samples:
-        """So many of them at random, each at most once."""
-        return samples.at(torch.randperm(len(samples), generator=self.generator)[:count])
-
     def images(self, samples: Samples) -> Tensor:
         """(N, C, H, W) float in [0, 1], augmented as the settings say."""
         (x,) = self.alike(samples.x)
@@ -325,7 +321,7 @@ class Course:
         distillation: float,
         suspect: Tensor | None = None,
         *,
-        moved: bool = False,
+        moved: Tensor | None = None,
     ) -> Tensor:
         """(1 − d) CE(logits, y) + d T² KL(softmax of the suspect's logits / T ‖ of these / T), T 2.
 
@@ -339,14 +335,16 @@ class Course:
             y: their labels, (N,).
             distillation: d, in [0, 1].
             suspect: logits of the suspect model, where they are known.
-            moved: whether the logits are of images that something was done to.
+            moved: which images something was done to, (N,) bool; None: none.
         """
-        if len(self.shown) < logits.shape[1] and not moved:
-            loss = functional.cross_entropy(
-                logits[:, self.shown], torch.searchsorted(self.shown, y)
+        known = logits
+        if len(self.shown) < logits.shape[1]:
+            absent = torch.ones_like(logits, dtype=torch.bool)
+            absent[:, self.shown] = False
+            known = logits.masked_fill(
+                absent if moved is None else absent & ~moved[:, None], -math.inf
             )
-        else:
-            loss = functional.cross_entropy(logits, y)
+        loss = functional.cross_entropy(known, y)
         if distillation == 0:
             return loss
         with torch.no_grad():
@@ -504,13 +502,23 @@ class Course:
     def _load(self, state: dict[str, Any]) -> None:
         check_same_run(state, self._started_with)
         self._stage, self._round, self._done = state["stage"], state["round"], state["done"]
-        self._kept_values, self._stopped = state["kept_values"], state["stopped"]
+        self._kept_values = _onto(state["kept_values"], self.data.clean.y.device)
+        self._stopped = state["stopped"]
         self.steps, self._history, self._best = state["steps"], state["history"], state["best"]
         self.student.load_state_dict(state["student"])
         for name, module in self.student.named_modules():
             module.training = state["training"][name]
         self._optimizer_state = state["optimizer"]
         self.generator.set_state(state["generator"])
+
+
+def _onto(value: Any, device: torch.device) -> Any:
+    """All tensors in lists and maps, on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {name: _onto(each, device) for name, each in value.items()}
+    return [_onto(each, device) for each in value] if isinstance(value, list) else value
 
 
 def cosine(optimizer: EWCSGD | EWCAdamW, lr: float, done: float, of: int) -> None:

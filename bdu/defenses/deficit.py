@@ -31,14 +31,14 @@ def deficits(course: Course, targets: Tensor) -> Tensor:
     def make() -> Tensor:
         parts = (course.data.clean, course.data.clean_validation)
         y = torch.cat([part.y for part in parts])
-        called = torch.cat(
-            [predict(course.before, part.x).argmax(1).to(y.device) for part in parts]
-        )
-        of_class, as_class = y == targets[:, None], called == targets[:, None]
+        logits = torch.cat([predict(course.before, part.x) for part in parts])
+        called = logits.argmax(1).to(y.device)
+        classes = torch.arange(logits.shape[1], device=y.device)[:, None]
+        of_class, as_class = y == classes, called == classes
         shown = torch.isin(called, y)
         missed, wrongly = (of_class & ~as_class & shown).sum(1), (as_class & ~of_class).sum(1)
         excess = missed - _USUAL_RATIO * wrongly
         return excess / (missed + _USUAL_RATIO**2 * wrongly).clamp(min=1).sqrt()
 
-    found: Tensor = course.once("deficits", make)
-    return found
+    of_classes: Tensor = course.once("deficits", make)
+    return torch.where(targets < 0, 0.0, of_classes[targets.clamp(min=0)])

@@ -31,6 +31,7 @@ def shift_features(
     weight_decay: float = 0.0,
     alpha: float = ALPHA,
     anneal: bool,
+    fresh_bias: bool,
     batch_size: int,
     distillation: float,
     guarded: bool = True,
@@ -40,14 +41,15 @@ def shift_features(
     Args:
         course: whose student, clean samples and draws.
         stage: its name in the course.
-        epochs, lr, momentum, weight_decay, alpha, anneal, batch_size, distillation: as the settings
-            of FST.
+        epochs, lr, momentum, weight_decay, alpha, anneal, fresh_bias, batch_size, distillation: as
+            the settings of FST.
         guarded: whether the run ends where clean accuracy is still collapsed after the last epoch.
     """
     clean = course.data.clean
     head = head_of(course.before, as_unit_float(clean.x[:1]))
     before = course.before.get_parameter(f"{head}.weight")
     weight = course.student.get_parameter(f"{head}.weight")
+    bias = dict(course.student.named_parameters()).get(f"{head}.bias")
 
     def begin() -> None:
         # as torch initialises a layer, but from the run's own generator
@@ -56,6 +58,9 @@ def shift_features(
         fresh = torch.rand(before.shape, generator=course.generator) * 2 * bound - bound
         with torch.no_grad():
             weight[rows] = fresh.to(weight)[rows]
+            if fresh_bias and bias is not None:
+                fresh = torch.rand(bias.shape, generator=course.generator) * 2 * bound - bound
+                bias[rows] = fresh.to(bias)[rows]
 
     # A fresh row of a class that no clean sample shows would stay noise.
     rows = course.shown
@@ -71,4 +76,4 @@ def shift_features(
             loss = course.clean_loss(course.student(images), images, batch.y, distillation)
             course.step(optimizer, loss + alpha * (weight * before)[rows].sum())
             with torch.no_grad():
-                weight.mul_(before.norm() / weight.norm())
+                weight[rows] *= before[rows].norm() / weight[rows].norm()

@@ -1,11 +1,11 @@
 """FST: fine-tune features away from the backdoor by moving the last layer away from what it was.
 
-    W ← fresh
+    W, b ← fresh
     descend CE(f(x), y) + α Σ W · W of the suspect model,   ‖W‖ = what it was, after every step
 
 Min et al. 2023 (arXiv:2310.01875), equation 2, and the authors' code (learning rate 0.01, momentum
-0.9, α 0.1, 10 epochs, for 2 % clean data on CIFAR-10). Threat model: white box, few clean samples,
-no trigger.
+0.9, cosine, α 0.1, 10 epochs, for 2 % clean data on CIFAR-10). Threat model: white box, few clean
+samples, no trigger.
 
 Cost: `epochs` forward and backward passes over the clean samples.
 """
@@ -32,7 +32,8 @@ class Settings(Distilled):
         epochs: passes over the clean samples.
         lr, momentum, weight_decay: of SGD.
         alpha: α ≥ 0.
-        anneal: let the learning rate fall as a cosine; off is as published.
+        anneal: let the learning rate fall as a cosine.
+        fresh_bias: whether the last layer's bias is made afresh, too; off is ours.
         batch_size: samples a step.
     """
 
@@ -41,7 +42,8 @@ class Settings(Distilled):
     momentum: float = 0.9
     weight_decay: float = 0.0
     alpha: float = ALPHA
-    anneal: bool = False
+    anneal: bool = True
+    fresh_bias: bool = True
     batch_size: int = 128
 
     def __post_init__(self) -> None:
@@ -63,6 +65,7 @@ def run(model: nn.Module, data: DefenderData, **options: Any) -> Result:
         weight_decay=s.weight_decay,
         alpha=s.alpha,
         anneal=s.anneal,
+        fresh_bias=s.fresh_bias,
         batch_size=s.batch_size,
         distillation=s.distillation,
     )

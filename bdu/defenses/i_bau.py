@@ -2,9 +2,9 @@
 
     θ* = argmin_θ max_δ  mean L(f_θ(x + δ), y)                     δ one perturbation for all images
 
-    inner:  δ ← 0;  one pass of descent on  L_in = −CE(f(x + δ), f's own prediction) + 0.001 ‖δ‖²
+    inner:  δ ← 0;  one pass of descent on  L_in = −CE(f(x + δ), c) + 0.001 ‖δ‖²,  c what f calls x
     outer:  every batch:  L_out = CE(f(x + m δ), y),  m = 1 for one image in a hundred
-            v ← 0;  K times  v ← (∂Φ/∂δ)ᵀ v + ∂L_out/∂δ,    Φ = δ − 0.1 ∇_δ L_in
+            v ← 0;  K times  v ← (∂Φ/∂δ)ᵀ v + ∂L_out/∂δ,    Φ = δ − 0.1 ∇_δ L_in, c = y
             ∇θ = ∂L_out/∂θ + (∂Φ/∂θ)ᵀ v                            Adam
 
 Zeng et al. 2022 (arXiv:2110.03735), algorithm 1, and the authors' code: no bound on ‖δ‖ but the
@@ -94,8 +94,8 @@ def _called(model: nn.Module, images: Tensor) -> Tensor:
         return model(images).argmax(1)
 
 
-def _inner(model: nn.Module, images: Tensor, called: Tensor, delta: Tensor) -> Tensor:
-    loss = -functional.cross_entropy(model(images + delta), called)
+def _inner(model: nn.Module, images: Tensor, classes: Tensor, delta: Tensor) -> Tensor:
+    loss = -functional.cross_entropy(model(images + delta), classes)
     return loss + _PENALTY * delta.square().sum()
 
 
@@ -111,11 +111,12 @@ def _hypergradient(
     mask = torch.zeros(len(batch), 1, 1, 1, device=images.device)
     mask[chosen] = 1.0
     logits = model(images + mask * delta)
-    outer = course.clean_loss(logits, images, batch.y, s.distillation, moved=True)
+    moved = mask.flatten() > 0
+    outer = course.clean_loss(logits, images, batch.y, s.distillation, moved=moved)
     slope, *gradients = torch.autograd.grad(outer, [delta, *parameters], allow_unused=True)
 
     first_images = as_unit_float(first.x)
-    inner = _inner(model, first_images, _called(model, first_images), delta)
+    inner = _inner(model, first_images, first.y, delta)
     (inner_slope,) = torch.autograd.grad(inner, delta, create_graph=True)
     mapped = delta - _MAP_RATE * inner_slope
     vector = slope  # after the first step, from v = 0

@@ -26,6 +26,7 @@ Cost: `steps` + classes · `probe_steps` forwards and input backwards of every m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -103,23 +104,16 @@ class Inverted:
     Attributes:
         operator: φ.
         targets: π(t | y), (classes, classes), rows the true class.
-        turned: share of the last images, counted as c counts them, that were called something else
-            than their class.
-        change: mean |φ(x) − x| of them.
     """
 
     operator: TriggerOperator
     targets: Tensor
-    turned: float
-    change: float
 
     def state(self) -> dict[str, Any]:
         """Tensors and numbers that :meth:`from_state` rebuilds it from."""
         return {
             "operator": dict(self.operator.state_dict()),
             "targets": self.targets,
-            "turned": self.turned,
-            "change": self.change,
         }
 
     @classmethod
@@ -129,7 +123,7 @@ class Inverted:
         shape, width = weights["addend"].shape[1:], len(weights["first.weight"])
         operator = TriggerOperator(shape, width).to(weights["addend"].device)
         operator.load_state_dict(weights)
-        return cls(operator, state["targets"], state["turned"], state["change"])
+        return cls(operator, state["targets"])
 
     def samples(self, model: nn.Module, clean: Samples) -> tuple[Tensor, Tensor]:
         """φ(x) and what the model calls it, of the images that it then calls neither by their class
@@ -149,7 +143,6 @@ def invert_trigger(
     *,
     seed: int,
     settings: Inversion | None = None,
-    start: Inverted | None = None,
     wrap: Callable[[Iterable[int]], Iterable[int]] | None = None,
 ) -> Inverted:
     """Find φ for one model, or one that works on several at once (their mean log-probability).
@@ -159,7 +152,6 @@ def invert_trigger(
         clean: the defender's images and true labels.
         seed: of the operator's start and of the batches.
         settings: see :class:`Inversion`.
-        start: go on from there.
         wrap: around the numbers of the steps, for a progress bar.
     """
     s = settings or Inversion()
@@ -167,14 +159,12 @@ def invert_trigger(
     device = clean.y.device
     generator = torch.Generator().manual_seed(seed)
     operator = TriggerOperator(clean.x.shape[1:], s.width, seed).to(device)
-    if start is not None:
-        operator.load_state_dict(start.operator.state_dict())
     optimizer = torch.optim.Adam(operator.parameters(), lr=s.lr)
     with torch.no_grad():
         classes = models[0](as_unit_float(clean.x[:1])).shape[1]
     losses = _probe(models, clean, classes, generator, s)
     prior = _Prior((-_SHARPNESS * losses).softmax(0))
-    penalty, turned, change = s.penalty, 0.0, 0.0
+    penalty, turned = s.penalty, 0.0
     steps: Iterable[int] = range(s.steps)
     for _ in steps if wrap is None else wrap(steps):
         batch = clean.at(torch.randint(len(clean), (s.batch_size,), generator=generator))
@@ -194,11 +184,10 @@ def invert_trigger(
         counted = prior.counted(batch.y)
         hit = float((counted * hits).sum() / counted.sum().clamp(min=1e-12))
         turned = _MEMORY * turned + (1 - _MEMORY) * hit
-        change = float(size.detach())
         penalty = penalty * _RATE if turned > s.wanted else penalty / _RATE
     for parameter in operator.parameters():
         parameter.grad = None
-    return Inverted(operator.requires_grad_(False), prior.targets(), turned, change)
+    return Inverted(operator.requires_grad_(False), prior.targets())
 
 
 def _probe(
@@ -227,6 +216,12 @@ def _probe(
     return losses
 
 
+def log_targets(targets: Tensor) -> Tensor:
+    """(classes, classes): log π(t | y), −∞ for the class itself, which no confidence outweighs."""
+    own = torch.eye(len(targets), dtype=torch.bool, device=targets.device)
+    return targets.clamp(min=1e-12).log().masked_fill(own, -math.inf)
+
+
 class _Prior:
     """π(t | y): counts of q, of every class and of all together."""
 
@@ -242,7 +237,7 @@ class _Prior:
 
     def weights(self, log_probabilities: Tensor, y: Tensor) -> Tensor:
         """q, (N, classes)."""
-        return (log_probabilities + self.targets()[y].clamp(min=1e-12).log()).softmax(1)
+        return (log_probabilities + log_targets(self.targets())[y]).softmax(1)
 
     def counted(self, y: Tensor) -> Tensor:
         """c, (N,): how likely an image is not of the target itself."""

@@ -82,10 +82,11 @@ def run(model: nn.Module, data: DefenderData, **options: Any) -> Result:
             with torch.no_grad():
                 moved = torch.cat([trigger.operator(images[:count]), images[count:]])
             images, moved = course.alike(images, moved)
+            triggered = torch.arange(len(images), device=images.device) < count
             optimizer.zero_grad()
             with _towards(parameters, suspect, s.rho):
                 logits = course.student(moved)
-                loss = course.clean_loss(logits, images, batch.y, s.distillation, moved=True)
+                loss = course.clean_loss(logits, images, batch.y, s.distillation, moved=triggered)
                 loss.backward()
             course.apply(optimizer, loss)
     return course.result()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bdu.data import as_tensors, check_labels, split_indices
+from bdu.data import as_tensors, split_indices
 
 VALIDATION_SHARE = 0.2
 
@@ -138,6 +138,5 @@ def _split(samples: Samples, name: str, seed: int) -> tuple[Samples, Samples]:
     if len(samples) < 5:
         raise ValueError(f"{name}: expected at least 5 samples, got {len(samples)}")
     held_out = round(VALIDATION_SHARE * len(samples))
-    check_labels(samples.y, None, name)
     validation, fit = split_indices(samples.y, [held_out, len(samples) - held_out], seed)
     return samples.at(fit), samples.at(validation)

@@ -2,10 +2,10 @@
 
     x + ρ p / mean |p|,  ρ ~ U(0, size),  p: normal values on a grid, interpolated to the image
 
-The grid has k cells along the rows, the columns or both, a third of the draws each, k being a power
-of two or the side: stripes, smooth fields and noise. Where a trigger was learnt instead of its
-class (deficit.py) and is too large to be found by inversion, this removes what the model has for
-it; a trigger unlike all of these it does not. Ours.
+The grid has k cells along the rows, the columns or, each its own k, both, a third of the draws
+each; k is a power of two or the side: stripes, smooth fields and noise. Where a trigger was learnt
+instead of its class (deficit.py) and is too large to be found by inversion, this removes what the
+model has for it; a trigger unlike all of these it does not. Ours.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """SAU: unlearn the adversarial examples that the suspect model and the student share.
 
     inner, every image:  x̃ = x + δ, ‖δ‖∞ ≤ ε, by signed descent from δ = ε on
-        −β₁ ½ (CE(f_θ(x̃), y) + CE(f_bd(x̃), y))      images that do not fool both yet
-        + β₂ JS(p_θ(x̃), p_bd(x̃))                    images not yet called the same wrong class
+        −β₁ ½ (CE(f_θ(x̃), y) + CE(f_bd(x̃), y))      each of the images that it calls as it calls x
+        + β₂ JS(p_θ(x̃), p_bd(x̃))                    images not yet called the same new class by both
     outer:  descend  λ₁ CE(f_θ(x), y) + λ₂ CE(f_θ(x̃), y)
         − λ₃ ½ Σ [log(1 − p_θ(c|x̃)) twice, each clamped in its own way] / B
         over x̃ that f_bd calls c ≠ y, c ≠ f_bd(x)
@@ -74,15 +74,19 @@ def run(model: nn.Module, data: DefenderData, **options: Any) -> Result:
         course.student.eval()
         for batch in course.batches(data.clean, s.batch_size):
             images = course.images(batch)
-            moved = _shared_examples(course, images, batch.y, s)
+            own = course.student(images)
             with torch.no_grad():
-                called, fooled = (course.before(x).argmax(1) for x in (images, moved))
-            clean = course.clean_loss(course.student(images), images, batch.y, s.distillation)
+                suspect = course.before(images)
+            called = (own.argmax(1), suspect.argmax(1))
+            moved = _shared_examples(course, images, batch.y, called, s)
+            with torch.no_grad():
+                fooled = course.before(moved).argmax(1)
+            clean = course.clean_loss(own, images, batch.y, s.distillation, suspect)
             loss = s.clean_weight * clean
             if s.adversarial_weight or s.shared_weight:
                 logits = course.student(moved)
                 loss = loss + s.adversarial_weight * functional.cross_entropy(logits, batch.y)
-                wanted = (fooled != batch.y) & (fooled != called)
+                wanted = (fooled != batch.y) & (fooled != called[1])
                 loss = loss + s.shared_weight * _unshared(logits[wanted], fooled[wanted]) / len(
                     batch
                 )
@@ -90,7 +94,9 @@ def run(model: nn.Module, data: DefenderData, **options: Any) -> Result:
     return course.result()
 
 
-def _shared_examples(course: Course, images: Tensor, y: Tensor, s: Settings) -> Tensor:
+def _shared_examples(
+    course: Course, images: Tensor, y: Tensor, called: tuple[Tensor, Tensor], s: Settings
+) -> Tensor:
     delta = torch.full_like(images, s.radius)
     for _ in range(s.inner_steps):
         delta.requires_grad_()
@@ -98,9 +104,9 @@ def _shared_examples(course: Course, images: Tensor, y: Tensor, s: Settings) -> 
         logits = (course.student(moved), course.before(moved))
         own, old = (each.argmax(1) for each in logits)
         losses = [functional.cross_entropy(each, y, reduction="none") for each in logits]
-        both = (own != y) & (old != y)
-        unfooled = losses[0][own == y].sum() + losses[1][old == y].sum()
-        divergence = _jensen_shannon(*logits)[~(both & (own == old))].sum()
+        fooled = (own != called[0], old != called[1])
+        unfooled = losses[0][~fooled[0]].sum() + losses[1][~fooled[1]].sum()
+        divergence = _jensen_shannon(*logits)[~(fooled[0] & fooled[1] & (own == old))].sum()
         loss = -s.beta_adversarial * 0.5 * unfooled + s.beta_shared * divergence
         (slope,) = torch.autograd.grad(loss / len(images), delta)
         delta = (delta.detach() - s.inner_lr * slope.sign()).clamp(-s.radius, s.radius)

@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from bdu.data import as_unit_float
 from bdu.defenses.course import Course, Shared, check_numbers, read_options, share_called
-from bdu.defenses.inversion import Inversion, Inverted, invert_trigger
+from bdu.defenses.inversion import Inversion, Inverted, invert_trigger, log_targets
 from bdu.defenses.protocol import DefenderData, Result
 
 NAME = "tbar"
@@ -71,7 +71,7 @@ def run(model: nn.Module, data: DefenderData, **options: Any) -> Result:
             with torch.no_grad():
                 images, moved = course.alike(images, trigger.operator(images))
                 odds = course.before(moved).log_softmax(1)
-                wanted = (odds + trigger.targets[batch.y].clamp(min=1e-12).log()).argmax(1)
+                wanted = (odds + log_targets(trigger.targets)[batch.y]).argmax(1)
             logits = course.student(torch.cat([images, moved]))
             course.step(optimizer, functional.cross_entropy(logits, torch.cat([batch.y, wanted])))
     learned = course.once("learned", lambda: _weights(course.student))

@@ -1,6 +1,6 @@
 """TSBD: zero the weights that clean unlearning moves most, then fine-tune against active neurons.
 
-    1. θ' ← ascend CE(f(x), y) until accuracy falls to chance;  change of neuron k: Σ |θ'_k − θ_k|
+    1. θ' ← ascend CE(f(x), y) until accuracy is 0.1 or less;  change of neuron k: Σ |θ'_k − θ_k|
     2. of the share n of neurons that changed most, set the share m of the weights that changed most
        to zero, over all convolutions and linear layers but the last
     3. descend CE with (1 − α) ∇L(θ) + α ∇L(θ + r ∇L/‖∇L‖)
@@ -103,7 +103,7 @@ def run(model: nn.Module, data: DefenderData, **options: Any) -> Result:
 
             def gradient(images: Tensor = images, y: Tensor = batch.y) -> tuple[Tensor, Any]:
                 loss = course.clean_loss(course.student(images), images, y, s.distillation)
-                return loss, torch.autograd.grad(loss, parameters)
+                return loss, torch.autograd.grad(loss, parameters, materialize_grads=True)
 
             loss, here = gradient()
             scale = float(s.radius / (grad_norm(here) + 1e-12))
