@@ -8,11 +8,12 @@
 
 Every case is a model that `bdu poison` plants, kept under a name that holds a hash of the case, the
 data, the network and the epochs; every cell is one defence on it, one .json file named by a hash of
-its settings. What is there is taken as it is, so the table can be interrupted, extended and remade; a
-cell that was not run says so. Whoever changes a method or a constant below wants another RUNS. Models that lie in
-bench/planted/ are taken from there, as they take hours (--keep-planted puts them there; without
-that folder all are planted anew), and so are the rows that --json holds already: without --json
-everything is run. Rows that are not chosen (--only, --defenses, a data set that is not given) stay.
+its settings. What is there is taken as it is, so the table can be interrupted, extended and remade;
+a cell that was not run says so. Whoever changes a method or a constant below wants another RUNS.
+Models that lie in bench/planted/ are taken from there, as they take hours (--keep-planted puts them
+there; without that folder all are planted anew), and so are the rows that --json holds already:
+without --json everything is run. Rows that are not chosen (--only, --defenses, a data set that is
+not given) stay.
 
 Every case has every defence, the controls all but "balanced"; the anchored forms, and our distilled
 ones of TSBD, I-BAU, SAU and PAM, are run on what ANCHORED lists alone.
@@ -22,9 +23,9 @@ validation split) are in neither the attacker's nor the evaluator's part. GTSRB 
 tracks; 5 % of them miss nine classes, so 8 % are held out and the images are of all those tracks.
 Settings are in SETTINGS below; those of ours were chosen on the models of TUNING, none of which is
 in the table, and bi-bau's learning rate on NAD's student, too. The controls and the surrogate have
-parts of their own seeds, so the surrogate was trained on most of what the defender of seed 0 has, and
-the control on most of what the retune attack of seeds 1 and 2 has. No defence but "balanced" sees a trigger. All images are 32x32; CIFAR-10 with a narrow
-ResNet-18, GTSRB with WRN-16-1.
+parts of their own seeds: the surrogate was trained on most of what the defender of seed 0 has, the
+control on most of what the retune attack of seeds 1 and 2 has. No defence but "balanced" sees a
+trigger. All images are 32x32; CIFAR-10 with a narrow ResNet-18, GTSRB with WRN-16-1.
 
 Columns, in percent: clean accuracy; ASR and, beside it, the false-target rate (untriggered images
 of other classes that are called the target: what ASR cannot honestly go below); robust accuracy
