@@ -225,6 +225,22 @@ def test_of_two_that_leave_the_same_that_wins_which_is_more_accurate(judge, clea
         assert re.search(rf"{name} .* 0\.900 .*\({other}: .*, 0\.895\)", reason)
 
 
+@pytest.mark.parametrize(("left", "expected"), [(0.08, "accurate"), (0.4, "thorough")])
+def test_little_less_residue_is_chance_and_buys_no_accuracy(
+    judge, cleaned, left, expected, monkeypatch
+):
+    good = cleaned.model.state_dict()
+    # of the suspect model, then of each half-way back, retuned and as it is
+    shares = iter([0.9, 0.31, 0.0, 0.02, 0.31, 0.0, left])
+    of_all = torch.ones_like(judge.anomalies)
+    monkeypatch.setattr(auto, "judge", lambda *_: (next(shares) * of_all, of_all))
+    monkeypatch.setattr(auto, "_retuned", lambda *_: cleaned.model)
+    accuracies = iter([0.95, 0.98])
+    monkeypatch.setattr(auto, "share_called", lambda *_: next(accuracies))
+    name, _ = judge.choose({"thorough": good, "accurate": dict(good)})
+    assert name == expected
+
+
 @pytest.mark.parametrize("target", [TARGET, NEXT])
 def test_a_candidate_is_retuned_with_five_inverted_triggers(judge, target, monkeypatch):
     course, found = judge.course, judge.found
