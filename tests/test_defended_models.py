@@ -219,6 +219,22 @@ def test_classes_that_no_clean_sample_shows_are_kept(method):
     assert float(right[~some].float().mean()) > 0.9
 
 
+def test_the_clean_loss_of_the_balanced_method_does_not_push_down_what_no_clean_sample_shows():
+    model, (x, y) = taught(network()), images()
+    some = y > 1
+    alone = {"distillation": 0.0, "triggered_weight": 0.0, "ewc_lambda": 0.0}
+    with pytest.warns(UserWarning, match="no sample of 2"):
+        cleaned = clean(
+            *("balanced", model),
+            clean=(x[some], y[some]),
+            triggered=(x[y > 2], torch.full_like(y[y > 2], 2)),
+            **alone,
+        ).model
+    moved = (cleaned[-1].weight - model[-1].weight).detach().abs().sum(1)
+    assert moved[:2].tolist() == [0, 0]
+    assert (moved[2:] > 0).all()
+
+
 def test_fst_leaves_rows_of_classes_that_no_clean_sample_shows_as_long_as_they_were():
     model, (x, y) = taught(network()), images()
     some = y > 1

@@ -35,7 +35,9 @@ from tqdm import tqdm
 from bdu.checkpoint import load_state, save_state
 from bdu.data import as_unit_float, augment
 from bdu.defenses.course import (
+    absent,
     check_same_run,
+    distilled_loss,
     fingerprint,
     knows_mirrored,
     settings_of,
@@ -210,6 +212,7 @@ def run(
     forget = _forget(s)
     # The ascended cross-entropy has no slope where the model is certain, so no way to the backdoor.
     radius = 0.0 if s.forget == "cross_entropy" else s.radius
+    shown = data.clean.y.unique()
     course = _Course(student, optimizer, torch.Generator().manual_seed(seed), s)
     started_with = asdict(s) | {"seed": seed, "model and data": fingerprint(model, data)}
     if resume and state_file is None:
@@ -232,7 +235,17 @@ def run(
             with _moved_towards_the_backdoor(student, forget, triggered, bad, radius):
                 forget_loss = forget(student(triggered), bad)
                 (s.triggered_weight * forget_loss).backward()
-            clean_loss = _clean_loss(student(images), clean.y, teacher, images, s)
+            logits = student(images)
+            with torch.no_grad():
+                taught = teacher(images) if s.distillation else None
+            clean_loss = distilled_loss(
+                logits,
+                clean.y,
+                taught,
+                s.distillation,
+                temperature=s.temperature,
+                hidden=absent(shown, logits),
+            )
             clean_loss.backward()
             loss = clean_loss + s.triggered_weight * forget_loss
             try:
@@ -430,24 +443,6 @@ def _moved_towards_the_backdoor(
     finally:
         with torch.no_grad():
             torch._foreach_copy_(params, before)
-
-
-def _clean_loss(
-    logits: Tensor, labels: Tensor, teacher: nn.Module, images: Tensor, s: Settings
-) -> Tensor:
-    """(1 − α) CE(labels) + α T² KL(teacher ‖ student) at temperature T (Hinton et al. 2015)."""
-    loss = functional.cross_entropy(logits, labels)
-    if s.distillation == 0:
-        return loss
-    with torch.no_grad():
-        before = teacher(images)
-    divergence = functional.kl_div(
-        functional.log_softmax(logits / s.temperature, 1),
-        functional.log_softmax(before / s.temperature, 1),
-        log_target=True,
-        reduction="batchmean",
-    )
-    return (1 - s.distillation) * loss + s.distillation * s.temperature**2 * divergence
 
 
 def _draw(samples: Samples, count: int, generator: torch.Generator) -> Samples:

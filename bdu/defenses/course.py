@@ -337,22 +337,13 @@ class Course:
             suspect: logits of the suspect model, where they are known.
             moved: which images something was done to, (N,) bool; None: none.
         """
-        known = logits
-        if len(self.shown) < logits.shape[1]:
-            absent = torch.ones_like(logits, dtype=torch.bool)
-            absent[:, self.shown] = False
-            known = logits.masked_fill(
-                absent if moved is None else absent & ~moved[:, None], -math.inf
-            )
-        loss = functional.cross_entropy(known, y)
-        if distillation == 0:
-            return loss
-        with torch.no_grad():
-            suspect = self.before(images) if suspect is None else suspect
-            wanted = functional.log_softmax(suspect / _TEMPERATURE, 1)
-        own = functional.log_softmax(logits / _TEMPERATURE, 1)
-        divergence = functional.kl_div(own, wanted, log_target=True, reduction="batchmean")
-        return (1 - distillation) * loss + distillation * _TEMPERATURE**2 * divergence
+        hidden = absent(self.shown, logits)
+        if hidden is not None and moved is not None:
+            hidden = hidden & ~moved[:, None]
+        if distillation and suspect is None:
+            with torch.no_grad():
+                suspect = self.before(images)
+        return distilled_loss(logits, y, suspect, distillation, hidden=hidden)
 
     def sgd(self, lr: float, *, free: Rows | None = None, **more: Any) -> EWCSGD:
         """EWCSGD of the student's parameters that require a gradient.
@@ -519,6 +510,46 @@ def _onto(value: Any, device: torch.device) -> Any:
     if isinstance(value, dict):
         return {name: _onto(each, device) for name, each in value.items()}
     return [_onto(each, device) for each in value] if isinstance(value, list) else value
+
+
+def absent(shown: Tensor, logits: Tensor) -> Tensor | None:
+    """Which classes are not among those `shown`, (1, C) bool; None where all are."""
+    if len(shown) == logits.shape[1]:
+        return None
+    hidden = torch.ones_like(logits[:1], dtype=torch.bool)
+    hidden[:, shown] = False
+    return hidden
+
+
+def distilled_loss(
+    logits: Tensor,
+    y: Tensor,
+    suspect: Tensor | None,
+    distillation: float,
+    *,
+    temperature: float = _TEMPERATURE,
+    hidden: Tensor | None = None,
+) -> Tensor:
+    """(1 − d) CE(logits, y) + d T² KL(softmax of the suspect's logits / T ‖ of these / T), a mean.
+
+    Hinton et al. 2015 (arXiv:1503.02531), equation 4.
+
+    Args:
+        logits: of the student, (N, C).
+        y: labels, (N,).
+        suspect: logits of the suspect model, not needed where d is 0.
+        distillation: d, in [0, 1].
+        temperature: T > 0.
+        hidden: logits that CE leaves out, bool, of a shape that broadcasts to (N, C).
+    """
+    known = logits if hidden is None else logits.masked_fill(hidden, -math.inf)
+    loss = functional.cross_entropy(known, y)
+    if not distillation:
+        return loss
+    assert suspect is not None
+    own, wanted = ((each / temperature).log_softmax(1) for each in (logits, suspect))
+    divergence = functional.kl_div(own, wanted, log_target=True, reduction="batchmean")
+    return (1 - distillation) * loss + distillation * temperature**2 * divergence
 
 
 def cosine(optimizer: EWCSGD | EWCAdamW, lr: float, done: float, of: int) -> None:
