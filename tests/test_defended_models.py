@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from bdu.defenses import course as course_module
 from bdu.defenses.course import Course, Running, Shared, fingerprint, logit_spread
 from bdu.defenses.head import head_of
 from bdu.defenses.protocol import DefenderData
@@ -282,6 +283,14 @@ def test_moved_images_may_be_called_classes_that_no_clean_sample_shows():
     for moved, among in ((None, logits[:, 1:]), (torch.tensor([True]), logits)):
         loss = course.clean_loss(logits, x[:1], own, 0.0, moved=moved)
         torch.testing.assert_close(loss, among.logsumexp(1)[0] - logits[0, 2])
+
+
+def test_what_a_run_kept_goes_back_to_its_device():
+    kept = {"operator": {"weight": torch.ones(2)}, "targets": [torch.ones(3), 0.5], "name": "x"}
+    moved = course_module._onto(kept, torch.device("meta"))
+    assert moved["operator"]["weight"].is_meta
+    assert moved["targets"][0].is_meta
+    assert (moved["targets"][1], moved["name"]) == (0.5, "x")
 
 
 def test_a_run_is_another_where_layers_labels_or_what_is_trained_differ():
