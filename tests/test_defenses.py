@@ -401,6 +401,7 @@ def test_deviations_by_hand():
     assert torch.allclose(
         deviations(torch.tensor([1.0, 1.0001])).abs(), torch.tensor(0.6745), atol=1e-3
     )
+    assert deviations(torch.tensor([1.0, 2.0, 9.0], dtype=torch.bfloat16))[2] > 3.5
     # half of them equal: the spread is 0, and only what differs stands out
     scores = torch.tensor([1.0, 1.0, 1.0, 5.0])
     assert deviations(scores)[:3].tolist() == [0, 0, 0]

@@ -74,6 +74,7 @@ def head_of(model: nn.Module, images: Tensor) -> str:
 
 def deviations(scores: Tensor) -> Tensor:
     """(s − median) / (1.4826 · MAD) of scores (K,); 0 where they do not differ from the median."""
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))  # no quantile of halves
     offset = scores - scores.quantile(0.5)
     spread = _CONSISTENT * offset.abs().quantile(0.5)
     # With half of the scores equal the spread is 0, and everything else would be infinitely far.
