@@ -270,7 +270,8 @@ def test_a_trigger_whose_pixels_round_beyond_white_is_retuned_with_all_the_same(
     kind = list(found.operators)[1]
     above = lambda x, rows: (torch.full_like(x, 1 + 1e-6), rows)  # noqa: E731
     monkeypatch.setitem(found.operators, kind, above)
-    auto._retuned(course, course.before, found, only)
+    retuned = auto._retuned(course, course.before, found, only)
+    assert all(p.isfinite().all() for p in retuned.parameters())
 
 
 def test_what_removes_nothing_is_not_chosen_for_its_accuracy(planted, cleaned, judge):
