@@ -104,7 +104,7 @@ def allowed(importer: str, imported: str) -> bool:
         return False
     # What defences share; none looks at another.
     shared = ("", ".protocol", ".course", ".head", ".inversion", ".ascent")
-    shared += (".feature_shift", ".classwise", ".deficit", ".random_patterns")
+    shared += (".feature_shift", ".classwise", ".deficit", ".random_patterns", ".distillation")
     return folder_of(importer) != "bdu.defenses" or imported in [f"bdu.defenses{m}" for m in shared]
 
 

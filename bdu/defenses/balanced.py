@@ -35,15 +35,14 @@ from tqdm import tqdm
 from bdu.checkpoint import load_state, save_state
 from bdu.data import as_unit_float, augment
 from bdu.defenses.course import (
-    absent,
     check_same_run,
-    distilled_loss,
     fingerprint,
     knows_mirrored,
     settings_of,
     share_called,
     standard_error,
 )
+from bdu.defenses.distillation import absent, distilled_loss
 from bdu.defenses.protocol import Callback, DefenderData, Line, Result, Samples, summary, tell
 from bdu.fisher import contrastive, fisher_diagonal, scale_to_unit_mean, target_log_odds
 from bdu.metrics import predict

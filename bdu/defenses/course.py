@@ -18,11 +18,11 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from tqdm import tqdm
 
 from bdu.checkpoint import load_state, save_state
 from bdu.data import as_unit_float, augment
+from bdu.defenses.distillation import absent, distilled_loss
 from bdu.defenses.head import head_of
 from bdu.defenses.inversion import invert_trigger
 from bdu.defenses.protocol import Callback, DefenderData, Line, Result, Samples, summary, tell
@@ -33,7 +33,6 @@ from bdu.optim import EWCSGD, EWCAdamW
 COMPLETED = "ran all its steps"
 USUAL_SPREAD = 3.5
 """`logit_spread` of our settings; the models that those were chosen on have about 3."""
-_TEMPERATURE = 2.0  # of distillation
 _SPREAD_SAMPLES = 512
 
 Kept = TypeVar("Kept")
@@ -510,46 +509,6 @@ def _onto(value: Any, device: torch.device) -> Any:
     if isinstance(value, dict):
         return {name: _onto(each, device) for name, each in value.items()}
     return [_onto(each, device) for each in value] if isinstance(value, list) else value
-
-
-def absent(shown: Tensor, logits: Tensor) -> Tensor | None:
-    """Which classes are not among those `shown`, (1, C) bool; None where all are."""
-    if len(shown) == logits.shape[1]:
-        return None
-    hidden = torch.ones_like(logits[:1], dtype=torch.bool)
-    hidden[:, shown] = False
-    return hidden
-
-
-def distilled_loss(
-    logits: Tensor,
-    y: Tensor,
-    suspect: Tensor | None,
-    distillation: float,
-    *,
-    temperature: float = _TEMPERATURE,
-    hidden: Tensor | None = None,
-) -> Tensor:
-    """(1 − d) CE(logits, y) + d T² KL(softmax of the suspect's logits / T ‖ of these / T), a mean.
-
-    Hinton et al. 2015 (arXiv:1503.02531), equation 4.
-
-    Args:
-        logits: of the student, (N, C).
-        y: labels, (N,).
-        suspect: logits of the suspect model, not needed where d is 0.
-        distillation: d, in [0, 1].
-        temperature: T > 0.
-        hidden: logits that CE leaves out, bool, of a shape that broadcasts to (N, C).
-    """
-    known = logits if hidden is None else logits.masked_fill(hidden, -math.inf)
-    loss = functional.cross_entropy(known, y)
-    if not distillation:
-        return loss
-    assert suspect is not None
-    own, wanted = ((each / temperature).log_softmax(1) for each in (logits, suspect))
-    divergence = functional.kl_div(own, wanted, log_target=True, reduction="batchmean")
-    return (1 - distillation) * loss + distillation * temperature**2 * divergence
 
 
 def cosine(optimizer: EWCSGD | EWCAdamW, lr: float, done: float, of: int) -> None:
