@@ -55,7 +55,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from defenses_table import draw, text_of
+from defenses_table import draw, summary_of, text_of
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -615,8 +615,9 @@ def main() -> None:
         f"{MODELS['cifar10']} and {MODELS['gtsrb']}; rows of {len(commits)} commits, named in the "
         f".json; {date.today().isoformat()}; torch {versions()['torch']}"
     )
-    text = text_of(rows, missing, setting)
-    print(text)
+    attacked, innocent = ([case.label for case in some] for some in (twelve(), controls()))
+    summary, text = summary_of(rows, attacked, innocent), text_of(rows, missing, setting)
+    print(summary, text, sep="\n")
     if options.json is not None:
         atomic_write(options.json, json.dumps(rows, indent=1) + "\n")
     if options.markdown is not None:
@@ -624,8 +625,8 @@ def main() -> None:
             text += "\n" + options.notes.read_text()
         if options.plot is not None:
             picture = os.path.relpath(options.plot, options.markdown.parent)
-            text += f"\n![ASR, clean accuracy lost, and ASR after retuning]({picture})\n"
-        atomic_write(options.markdown, text)
+            summary += f"\n![ASR, clean accuracy lost, and ASR after retuning]({picture})\n"
+        atomic_write(options.markdown, summary + "\n" + text)
     if options.plot is not None:
         draw(rows, options.plot, DEFENSES)
 

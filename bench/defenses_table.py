@@ -31,6 +31,67 @@ def cell_text(values: Iterable[float | None]) -> str:
     return f"{statistics.mean(known):.1f}{spread}"
 
 
+def summary_of(rows: list[dict[str, Any]], attacked: Sequence[str], innocent: Sequence[str]) -> str:
+    """A line of Markdown a defence, over seed 0 of the cases `attacked` and of those `innocent`.
+
+    Defences that were run on one of the attacked cases at least are there, with how many.
+    """
+    above_control = retuned_above_control(rows)
+    lines = [
+        f"Of each defence over {len(attacked)} attacked models (seed 0 of all that are of "
+        "CIFAR-10, but for those of 1 %), in percent and points: how many were run, ASR on "
+        "average and at worst, clean accuracy lost, ASR retuned less that of a never-backdoored "
+        "model; and clean accuracy lost where there was no backdoor.",
+        "",
+        "| defence | models | ASR | worst | lost | worst | retuned, above | worst | "
+        + " | ".join(f"lost on {case}" for case in innocent)
+        + " |",
+        "|---|---:|" + "---:|" * (6 + len(innocent)),
+    ]
+    first = [row for row in rows if row["case_seed"] == 0]
+    for defense in dict.fromkeys(name(row) for row in first):
+        own = [row for row in first if name(row) == defense]
+        group = [row for row in own if row["case"] in attacked]
+        if not group:
+            continue
+        rates = [row["after"]["attack_success_rate"] for row in group]
+        cells = [rates, [lost(row) for row in group], [above_control(row) for row in group]]
+        clean = [[lost(row) for row in own if row["case"] == case] for case in innocent]
+        texts = [known_text(values, of) for values in cells for of in (statistics.mean, max)]
+        texts += [known_text(values, statistics.mean) for values in clean]
+        lines.append(f"| {defense} | {len(group)} | " + " | ".join(texts) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def known_text(values: Iterable[float | None], summarise: Callable[[list[float]], float]) -> str:
+    """`summarise` of those that are known, in percent."""
+    known = [100 * value for value in values if value is not None]
+    return f"{round(summarise(known), 1) + 0.0:.1f}" if known else "–"  # + 0.0: no "-0.0"
+
+
+def retuned_above_control(
+    rows: list[dict[str, Any]],
+) -> Callable[[dict[str, Any]], float | None]:
+    """What gives a row's ASR after the retune attack less a never-backdoored model's."""
+    controls = {
+        (row["case"], row["case_seed"]): row["control_retuned"]
+        for row in rows
+        if "control_retuned" in row
+    }
+
+    def above_control(row: dict[str, Any]) -> float | None:
+        control = controls.get((row["case"], row["case_seed"]))
+        return None if control is None or "retuned" not in row else row["retuned"] - control
+
+    return above_control
+
+
+def lost(row: dict[str, Any]) -> float:
+    """Clean accuracy, of 1."""
+    before, after = (float(row[when]["clean_accuracy"]) for when in ("before", "after"))
+    return before - after
+
+
 def text_of(rows: list[dict[str, Any]], missing: int, setting: str) -> str:
     """The table as Markdown; `setting` says what it was measured on."""
     lines = [
@@ -65,24 +126,14 @@ def draw(rows: list[dict[str, Any]], file: Path, defenses: Sequence[str]) -> Non
     """A row for each of the defences, a mark for each attacked model, a line at the mean."""
     from matplotlib import pyplot
 
-    controls = {
-        (row["case"], row["case_seed"]): row["control_retuned"]
-        for row in rows
-        if "control_retuned" in row
-    }
-
-    def above_control(row: dict[str, Any]) -> float | None:
-        control = controls.get((row["case"], row["case_seed"]))
-        return None if control is None or "retuned" not in row else row["retuned"] - control
-
-    def lost(row: dict[str, Any]) -> float:
-        before, after = (float(row[when]["clean_accuracy"]) for when in ("before", "after"))
-        return before - after
-
     panels: tuple[tuple[str, Callable[[dict[str, Any]], float | None], float], ...] = (
         ("ASR, %", lambda row: row["after"]["attack_success_rate"], 5.0),
         ("clean accuracy lost, points", lost, 2.0),
-        ("ASR retuned above a\nnever-backdoored model's, points", above_control, 10.0),
+        (
+            "ASR retuned above a\nnever-backdoored model's, points",
+            retuned_above_control(rows),
+            10.0,
+        ),
     )
     names = [name(row) for row in rows]
     seen = {

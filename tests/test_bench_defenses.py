@@ -134,6 +134,29 @@ def measured(case, defense, seed, **rates):
     }
 
 
+def test_a_defence_is_summed_up_over_first_seeds_of_attacked_models(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    text = importlib.import_module("defenses_table").summary_of(
+        [
+            measured("clean", "fst", 0, clean_accuracy=0.75),
+            {**measured("a", "none", 0, attack_success_rate=1.0), "control_retuned": 0.02},
+            {**measured("a", "fst", 0, attack_success_rate=0.01), "retuned": 0.12},
+            measured("a", "fst", 2, attack_success_rate=0.9),
+            measured("b", "fst", 0, attack_success_rate=0.04, clean_accuracy=0.8001),
+            measured("other", "fst", 0, attack_success_rate=0.9),
+            measured("other", "sau", 0, attack_success_rate=0.9),
+        ],
+        attacked=["a", "b"],
+        innocent=["clean", "empty"],
+    )
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    assert lines[2][-2:] == ["lost on clean", "lost on empty"]
+    assert lines[4:] == [
+        ["fst", "2", "2.5", "4.0", "0.0", "0.0", "10.0", "10.0", "5.0", "–"],
+        ["none", "1", "100.0", "100.0", "0.0", "0.0", "–", "–", "–", "–"],
+    ]
+
+
 def test_seeds_are_gathered_in_one_row_and_the_control_has_its_own(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCH))
     text = importlib.import_module("defenses_table").text_of(
