@@ -520,6 +520,15 @@ def test_tsbd_zeroes_the_weights_that_changed_most():
     assert len(own) >= weight[0].numel() // 2
 
 
+def test_tsbd_has_all_its_epochs_to_learn_what_it_zeroed(planted):
+    shares = {"neuron_share": 1.0, "weight_share": 1.0}
+    result = planted.unlearn("tsbd", lr=1e-9, epochs=3, **shares)
+    tuned = [line for line in result.history if line["phase"] == "tune"]
+    assert len(tuned) == 3
+    assert "clean accuracy on the validation split fell to" in result.stopped
+    assert result.stopped.endswith("kept the weights of step 0")
+
+
 class _small:
     """Random images for a defender."""
 

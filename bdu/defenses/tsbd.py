@@ -95,7 +95,8 @@ def run(model: nn.Module, data: DefenderData, **options: Any) -> Result:
 
     parameters: list[Tensor] = [p for _, p in course.named_parameters()]
     optimizer = course.sgd(s.lr, momentum=s.momentum, weight_decay=s.weight_decay)
-    for epoch in course.stage("tune", s.epochs, optimizer, begin=begin):
+    last = s.epochs - 1  # what was set to zero has to be learnt anew first
+    for epoch in course.stage("tune", s.epochs, optimizer, begin=begin, guarded_from=last):
         cosine(optimizer, s.lr, epoch, s.epochs)
         course.student.train()
         for batch in course.batches(data.clean, s.batch_size):
