@@ -24,11 +24,9 @@ COLUMNS = (
 
 def cell_text(values: Iterable[float | None]) -> str:
     """Mean, and spread where there are several."""
-    known = [100 * value for value in values if value is not None]
-    if not known:
-        return "–"
-    spread = f" ± {statistics.stdev(known):.1f}" if len(known) > 1 else ""
-    return f"{statistics.mean(known):.1f}{spread}"
+    known = [value for value in values if value is not None]
+    spread = f" ± {100 * statistics.stdev(known):.1f}" if len(known) > 1 else ""
+    return known_text(known, statistics.mean) + spread
 
 
 def summary_of(rows: list[dict[str, Any]], attacked: Sequence[str], innocent: Sequence[str]) -> str:
