@@ -674,6 +674,12 @@ def test_an_inversion_survives_being_saved(planted):
     assert torch.equal(found.operator.addend, same.operator.addend)
 
 
+def test_an_inversion_leaves_the_gradients_of_its_models_alone(planted):
+    model = copy.deepcopy(planted.model).requires_grad_()
+    invert_trigger(model, planted.data().clean, seed=0, settings=Inversion(steps=2, width=4))
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
 @pytest.mark.parametrize("gap", [10.0, 60.0])
 def test_no_confidence_makes_the_class_itself_a_target(gap):
     prior = inversion._Prior(torch.full((4,), 0.25))

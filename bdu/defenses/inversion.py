@@ -159,7 +159,8 @@ def invert_trigger(
     device = clean.y.device
     generator = torch.Generator().manual_seed(seed)
     operator = TriggerOperator(clean.x.shape[1:], s.width, seed).to(device)
-    optimizer = torch.optim.Adam(operator.parameters(), lr=s.lr)
+    own = list(operator.parameters())
+    optimizer = torch.optim.Adam(own, lr=s.lr)
     with torch.no_grad():
         classes = models[0](as_unit_float(clean.x[:1])).shape[1]
     losses = _probe(models, clean, classes, generator, s)
@@ -176,8 +177,8 @@ def invert_trigger(
         size = (moved - images).abs().mean()
         gain = prior.counted(batch.y) * (weights * mean).sum(1)
         loss = -gain.mean() + penalty * size
-        optimizer.zero_grad()
-        loss.backward()
+        for parameter, slope in zip(own, torch.autograd.grad(loss, own), strict=True):
+            parameter.grad = slope  # of φ alone, the models keep theirs
         optimizer.step()  # M
         prior.update(weights, batch.y)
         hits = torch.stack([log.argmax(1) != batch.y for log in logs]).all(0).float()
@@ -185,7 +186,7 @@ def invert_trigger(
         hit = float((counted * hits).sum() / counted.sum().clamp(min=1e-12))
         turned = _MEMORY * turned + (1 - _MEMORY) * hit
         penalty = penalty * _RATE if turned > s.wanted else penalty / _RATE
-    for parameter in operator.parameters():
+    for parameter in own:
         parameter.grad = None
     return Inverted(operator.requires_grad_(False), prior.targets())
 
