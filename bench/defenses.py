@@ -289,20 +289,24 @@ class Table:
         chosen: Sequence[Case],
         defenses: Sequence[str],
     ) -> tuple[list[dict[str, Any]], int]:
-        """Rows of what is chosen, earlier ones of the rest, and how many of the first are not."""
+        """Rows of what is chosen, earlier ones of the rest, and how many of both there are not."""
         before = {
-            (row["case"], row["case_seed"], row["defense"], row["anchored"]): row for row in earlier
+            (row["case"], row["case_seed"], row["defense"], row["anchored"]): row
+            for row in earlier
+            if row["settings"] == SETTINGS.get(row["defense"], {})
         }
         rows, missing = [], 0
         for case in every:
             for defense, anchored in planned(case, DEFENSES):
                 if case not in chosen or defense not in defenses:
                     row = before.get((case.label, case.seed, defense, anchored))
-                    rows += [] if row is None else [row]
-                elif (file := self.cell(case, defense, case.seed, anchored)).exists():
-                    rows.append(json.loads(file.read_text()))
                 else:
+                    file = self.cell(case, defense, case.seed, anchored)
+                    row = json.loads(file.read_text()) if file.exists() else None
+                if row is None:
                     missing += 1
+                else:
+                    rows.append(row)
         return rows, missing
 
 
