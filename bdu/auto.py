@@ -27,8 +27,10 @@ is Neural Cleanse (Wang et al. 2019), that the line back and a few poisoned samp
 cleaning from deep is PAM (arXiv:2410.09838). Threat model: white box, a few hundred clean samples,
 neither trigger nor target known.
 
-Cost: the candidates', an inversion of classwise.py, and for each candidate five forwards and
-backwards over the clean samples.
+Cost: the candidates', an inversion of classwise.py, a forward of f_bd and of r over the validation
+split for each of its 3 T operators, and for each candidate a retune attack, five forwards and
+backwards over the clean samples, and three forwards over the validation split for each operator
+that is suspicious.
 """
 
 from __future__ import annotations
@@ -232,7 +234,8 @@ def _operators(course: Course, s: Settings, tried: Tried) -> Found:
             _with(course.before, _first(tried)),
             clean,
             seed=course.seed + 1,  # not that of a candidate
-            settings=Search(steps=s.inversion_steps, strict=False),
+            # J is measured on held-out images instead
+            settings=Search(steps=s.inversion_steps, strict=False, judged_on=0),
             wrap=course.bar("inversion"),
         ).state(),
     )

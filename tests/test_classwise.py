@@ -71,6 +71,15 @@ def test_what_the_copy_has_lost_is_found_and_what_both_have_is_not(found):
     assert found.fooled[kind, others].max() < 0.3
 
 
+def test_what_is_not_judged_is_found_alike(pair, clean, found):
+    other = invert_every_class(*pair, clean, seed=0, settings=replace(QUICK, judged_on=0))
+    assert float(other.fooled.max()) == 0
+    assert bool(other.sizes.isnan().all())
+    for kind, operator in other.operators.items():
+        for name, value in operator.state_dict().items():
+            assert torch.equal(value, found.operators[kind].state_dict()[name])
+
+
 def test_an_attack_from_all_classes_to_all_is_found(clean):
     class AllToAll(Places):
         def forward(self, x):

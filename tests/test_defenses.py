@@ -20,6 +20,7 @@ from bdu.data import as_unit_float, split_indices
 from bdu.defenses import (
     bi_bau,
     classwise,
+    course,
     finetuning,
     fst,
     i_bau,
@@ -194,6 +195,48 @@ def test_a_strong_anchor_holds_the_weights(planted, method):
     free = moved()
     held = moved(anchored=True, gamma=0.0, ewc_lambda=1e6)
     assert held < 0.7 * free
+
+
+@pytest.mark.parametrize("method", ["fst", "ulrl"])
+def test_no_anchor_holds_the_rows_that_are_made_afresh(planted, method):
+    options = {"anchored": True, "gamma": 0.0, "ewc_lambda": 1e9, "fisher_samples": 50}
+    if method == "ulrl":
+        options |= {"least": 1, "threshold": 100.0}
+    cleaned = planted.unlearn(method, clean_accuracy_floor=0.0, **options).model
+    held = planted.model.features[0].weight
+    torch.testing.assert_close(cleaned.features[0].weight, held, rtol=0, atol=1e-4)
+    for before, after in zip(planted.model.fc.parameters(), cleaned.fc.parameters(), strict=True):
+        assert float((after - before).detach().abs().max()) > 0.01
+
+
+@pytest.mark.parametrize("method", ["pam", "tbar"])
+def test_an_anchored_run_inverts_the_suspect_model_once(planted, monkeypatch, method):
+    inverted = []
+
+    def look(models, *arguments, **more):
+        inverted.append(models)
+        return invert_trigger(models, *arguments, **more)
+
+    for module in (course, pam):
+        monkeypatch.setattr(module, "invert_trigger", look)
+    options = {**TINY[method], "inversion_steps": Inversion().steps, "rounds": 1}
+    if method == "tbar":
+        del options["rounds"]
+    planted.unlearn(method, anchored=True, fisher_samples=50, **options)
+    assert len(inverted) == 1
+
+
+def test_tsbd_asks_the_suspect_model_once_a_batch(planted, monkeypatch):
+    asked = []
+    suspect_logits = Course.suspect_logits
+
+    def count(*arguments):
+        asked.append(1)
+        return suspect_logits(*arguments)
+
+    monkeypatch.setattr(Course, "suspect_logits", count)
+    planted.unlearn("tsbd", distillation=0.5, epochs=2, batch_size=100)
+    assert len(asked) == 2 * 2  # epochs, batches of 200 samples
 
 
 def test_other_settings_or_another_model_are_not_resumed(planted, tmp_path):

@@ -21,12 +21,14 @@ bi-level adversarial training inside an EM that maximises a posterior. How these
 here, and every number, is our reading. Threat model: white box, 5 % clean data, neither trigger nor
 target known.
 
-Cost of a round: `inversion_steps` forwards and input backwards of two models over 64 images, of the
-suspect model alone in the first; then over every batch, `inner_steps` forwards and input backwards
-and two forwards of the suspect model, two forwards and a backward of the student. The reference
-costs `reference_epochs` forwards and backwards over the clean samples, up to three times, a forward
-of its own over every batch, and inversion against it what classwise.py says; random patterns cost
-another forward and backward of the student over every batch.
+Cost of a round: `inversion_steps` and 20 for each class forwards and input backwards of two models
+over 64 images, of the suspect model alone in the first; then `epochs` times over every batch,
+`inner_steps` + 1 forwards and `inner_steps` input backwards of the suspect model, and a forward and
+backward of the student over the clean images and over those x̃ that are kept; distillation is
+another forward of the suspect model. The reference costs `reference_epochs` forwards and backwards
+over the clean samples, up to three times, a forward of its own over every batch, and inversion
+against it what classwise.py says; random patterns are another forward and backward of the student
+over every batch.
 """
 
 from __future__ import annotations
@@ -159,7 +161,7 @@ def run(
                 patterned = with_random_patterns(images[:count], s.pattern_size, course.generator)
                 moved = torch.cat([moved, patterned])
                 kept = torch.cat([kept, torch.arange(count, device=kept.device)])
-            suspect = course.before(images) if s.distillation else None
+            suspect = course.suspect_logits(images, s.distillation)
             logits = course.student(torch.cat([images, moved]))
             loss = course.clean_loss(
                 logits[: len(images)], images, batch.y, s.distillation, suspect
@@ -259,27 +261,25 @@ def _examples(
 
     Where f_bd calls x̃ one of the classes `learnt` by a trigger, the reference need not know better.
     """
-    if isinstance(found, Found):
-        base = found.move(images, y, course.generator)
-        with torch.no_grad():
-            logits = course.before(base)
-            wanted = logits.argmax(1)
-    else:
-        with torch.no_grad():
-            base = found.operator(images)
-            logits = course.before(base)
-            wanted = (logits.log_softmax(1) + log_targets(found.targets)[y]).argmax(1)
-    moved = base
+    with torch.no_grad():
+        base = (
+            found.move(images, y, course.generator)
+            if isinstance(found, Found)
+            else found.operator(images)
+        )
+    moved = base.detach().requires_grad_(s.inner_steps > 0)
+    logits = course.before(moved)
+    chances = logits.detach()
+    if isinstance(found, Inverted):
+        chances = chances.log_softmax(1) + log_targets(found.targets)[y]
+    wanted = chances.argmax(1)
     for _ in range(s.inner_steps):
-        moved = moved.detach().requires_grad_()
-        logits = course.before(moved)
         loss = functional.cross_entropy(logits, wanted, reduction="sum")
         (slope,) = torch.autograd.grad(loss, moved)
         delta = (moved.detach() - base - s.inner_lr * slope.sign()).clamp(-s.radius, s.radius)
-        moved = (base + delta).clamp(0, 1)
-    if s.inner_steps:
-        with torch.no_grad():
-            logits = course.before(moved)
+        moved = (base + delta).clamp(0, 1).requires_grad_()
+        logits = course.before(moved)
+    moved = moved.detach()
     active = (logits.argmax(1) == wanted) & (wanted != y)
     if reference is not None and learnt is not None:
         with torch.no_grad():

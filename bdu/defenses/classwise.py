@@ -21,9 +21,9 @@ Ours. That one perturbation a class finds a backdoor is Neural Cleanse (Wang et 
 trigger is what the benign features do not see is BTI-DBF (Xu et al., ICLR 2024), and that warps are
 triggers is WaNet (arXiv:2102.10369).
 
-Cost: 3 · `steps` forwards and input backwards of both models over `batch_size` images, and 3
-(classes + 1) forwards of both over `judged_on` images; where there are more than `most_targets`
-classes, a backward a class and model over one batch besides.
+Cost: 3 · `steps` forwards and input backwards of both models over `batch_size` images, and for
+T targets, one more than the classes or than `most_targets`, 3 T forwards of both over `judged_on`
+images; where there are more classes than that, a backward a class and model over one batch besides.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Search:
         wanted: share of a target's images that are to be turned; μ settles there.
         most_targets: classes at most that have an operator; of more, those towards which a small
             perturbation of all images leads f more than r, the ones that `clean` shows first.
-        judged_on: clean images at most that J is measured on.
+        judged_on: clean images at most that J is measured on; 0 measures none.
         strict: whether the reference is to call moved images right, or only not what f does.
     """
 

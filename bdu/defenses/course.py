@@ -24,7 +24,7 @@ from bdu.checkpoint import load_state, save_state
 from bdu.data import as_unit_float, augment
 from bdu.defenses.distillation import absent, distilled_loss
 from bdu.defenses.head import head_of
-from bdu.defenses.inversion import invert_trigger
+from bdu.defenses.inversion import Inversion, Inverted, invert_trigger
 from bdu.defenses.protocol import Callback, DefenderData, Line, Result, Samples, summary, tell
 from bdu.fisher import contrastive, fisher_diagonal, scale_to_unit_mean, target_log_odds
 from bdu.metrics import predict
@@ -86,8 +86,8 @@ class Distilled(Shared):
     Attributes:
         distillation: share of the loss on clean images that is their divergence from what the
             suspect model makes of them, at temperature 2, instead of cross entropy; in [0, 1]. A
-            few clean images teach a model more that way, and a trigger is on none of them. Ours; 0
-            is as published.
+            few clean images teach a model more that way, and a trigger is on none of them. Costs a
+            forward of the suspect model for each of the student. Ours; 0 is as published.
     """
 
     distillation: float = 0.0
@@ -217,7 +217,7 @@ class Course:
             raise ValueError("state_file: expected a path to resume from, got None")
         if running.resume and running.state_file and Path(running.state_file).exists():
             self._load(load_state(running.state_file))
-        mirror = settings.mirror
+        mirror = settings.mirror if settings.augment else False
         self._mirror = knows_mirrored(self.before, data.clean) if mirror is None else mirror
         if not self._history:
             self._look("before", guarded=True)
@@ -339,10 +339,17 @@ class Course:
         hidden = absent(self.shown, logits)
         if hidden is not None and moved is not None:
             hidden = hidden & ~moved[:, None]
-        if distillation and suspect is None:
-            with torch.no_grad():
-                suspect = self.before(images)
+        if suspect is None:
+            suspect = self.suspect_logits(images, distillation)
         return distilled_loss(logits, y, suspect, distillation, hidden=hidden)
+
+    def suspect_logits(self, images: Tensor, distillation: float) -> Tensor | None:
+        """What the suspect model makes of images (N, C, H, W), where it is distilled at all."""
+        if not distillation:
+            return None
+        with torch.no_grad():
+            logits: Tensor = self.before(images)
+        return logits
 
     def sgd(self, lr: float, *, free: Rows | None = None, **more: Any) -> EWCSGD:
         """EWCSGD of the student's parameters that require a gradient.
@@ -406,7 +413,8 @@ class Course:
             return {}
         fisher = self.once("fisher", self._fisher)
         for name, rows in free.items():
-            fisher = fisher | {name: fisher[name].index_fill(0, rows, 0.0)}
+            if name in fisher:
+                fisher = fisher | {name: fisher[name].index_fill(0, rows, 0.0)}
         anchor = {name: p for name, p in self.before.named_parameters() if name in fisher}
         return {"ewc_lambda": self.settings.ewc_lambda, "fisher": fisher, "anchor": anchor}
 
@@ -432,13 +440,23 @@ class Course:
 
     def inverted(self) -> tuple[Tensor, Tensor]:
         """Clean images under the inverted trigger, (M, C, H, W), and what they are then called."""
-        found = self.once(
-            "inverted",
-            lambda: invert_trigger(self.before, self.data.clean, seed=self._running.seed).samples(
-                self.before, self.data.clean
-            ),
-        )
+        found = self.once("inverted", lambda: self.trigger().samples(self.before, self.data.clean))
         return found[0], found[1]
+
+    def trigger(self, settings: Inversion | None = None) -> Inverted:
+        """φ and π of the suspect model, inverted once for the same settings."""
+        settings = settings or Inversion()
+
+        def make() -> dict[str, Any]:
+            return invert_trigger(
+                self.before,
+                self.data.clean,
+                seed=self.seed,
+                settings=settings,
+                wrap=self.bar("inversion"),
+            ).state()
+
+        return Inverted.from_state(self.once(f"trigger of {settings}", make))
 
     def _look(self, phase: str, *, guarded: bool) -> Line:
         try:

@@ -64,7 +64,7 @@ def shift_features(
 
     # A fresh row of a class that no clean sample shows would stay noise.
     rows = course.shown
-    free = {f"{head}.weight": rows}
+    free = {f"{head}.weight": rows} | ({f"{head}.bias": rows} if fresh_bias else {})
     optimizer = course.sgd(lr, free=free, momentum=momentum, weight_decay=weight_decay)
     last = epochs - 1 if guarded else None  # a fresh layer has to learn first
     for epoch in course.stage(stage, epochs, optimizer, begin=begin, guarded_from=last):

@@ -12,7 +12,7 @@ regulariser, Φ on the first batch alone, evaluation mode, five rounds. Threat m
 few per cent of clean data, no trigger.
 
 Cost of a round over n batches: 2 n forwards and n input backwards inside; outside, for each batch,
-3 forwards, 1 backward, 1 backward with a graph and K backwards through that graph (the first
+2 forwards, 1 backward, 1 backward with a graph and K backwards through that graph (the first
 product has v = 0 and the authors' code computes it, too: K + 1 there). The graph is made once a
 batch.
 """

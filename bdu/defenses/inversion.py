@@ -17,8 +17,9 @@ rises while more are, as the cost of Neural Cleanse (Wang et al. 2019) does: φ 
 and ends as about the smallest change that works.
 
 The EM over unknown targets is that of BI-BAU (arXiv:2606.14078) as we read it; only its abstract
-was available. The operator, μ's schedule and all numbers are ours. It is shared by TBAR, PAM, auto
-and the anchored variants, which their papers feed with other inversions (DECREE, BTI-DBF).
+was available. The operator, μ's schedule and all numbers are ours. It is shared by TBAR and PAM,
+which their papers feed with other inversions (DECREE, BTI-DBF), BI-BAU without a reference, and the
+anchored variants.
 
 Cost: `steps` + classes · `probe_steps` forwards and input backwards of every model over batches of
 `batch_size`.

@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -72,9 +71,7 @@ def run(model: nn.Module, data: DefenderData, **options: Any) -> Result:
     suspect: list[Tensor] = [course.before.get_parameter(name) for name in names]
     for epoch in course.stage("tune", s.rounds * s.epochs, optimizer):
         number = epoch // s.epochs
-        trigger = Inverted.from_state(
-            course.once(f"trigger {number}", partial(_inverted, course, number, s))
-        )
+        trigger = _inverted(course, number, s)
         course.student.train()
         for batch in course.batches(data.clean, s.batch_size):
             images = as_unit_float(batch.x)
@@ -92,14 +89,21 @@ def run(model: nn.Module, data: DefenderData, **options: Any) -> Result:
     return course.result()
 
 
-def _inverted(course: Course, number: int, s: Settings) -> dict[str, Any]:
-    model = course.before if number == 0 else course.student.eval()
-    return invert_trigger(
-        model,
-        course.data.clean,
-        seed=course.seed + 1000 * number,
-        settings=Inversion(steps=s.inversion_steps),
-    ).state()
+def _inverted(course: Course, number: int, s: Settings) -> Inverted:
+    settings = Inversion(steps=s.inversion_steps)
+    if number == 0:
+        return course.trigger(settings)
+
+    def make() -> dict[str, Any]:
+        return invert_trigger(
+            course.student.eval(),
+            course.data.clean,
+            seed=course.seed + 1000 * number,
+            settings=settings,
+            wrap=course.bar("inversion"),
+        ).state()
+
+    return Inverted.from_state(course.once(f"trigger {number}", make))
 
 
 @contextmanager

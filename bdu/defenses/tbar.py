@@ -10,7 +10,8 @@ whose clean accuracy on the validation split is within `accuracy_margin` of befo
 reading. Buffers stay as they are. Threat model: white box, few clean samples, no trigger.
 
 Cost: an inversion, `epochs` forwards and backwards over the clean samples twice (clean and
-triggered), and a forward over the validation split for each α.
+triggered), as many forwards of the suspect model over the triggered ones, and a forward over the
+validation split for the suspect model and for each α, 20 at most, until one is good enough.
 """
 
 from __future__ import annotations
@@ -20,11 +21,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from bdu.data import as_unit_float
 from bdu.defenses.course import Course, Shared, check_numbers, read_options, share_called
-from bdu.defenses.inversion import Inversion, Inverted, invert_trigger, log_targets
+from bdu.defenses.inversion import Inversion, log_targets
 from bdu.defenses.protocol import DefenderData, Result
 
 NAME = "tbar"
@@ -62,7 +62,7 @@ def run(model: nn.Module, data: DefenderData, **options: Any) -> Result:
     """Clean a copy; options are those of :class:`bdu.defenses.course.Running` and `Settings`."""
     running, s = read_options(Settings, options)
     course = Course(NAME, model, data, s, running)
-    trigger = Inverted.from_state(course.once("trigger", lambda: _inverted(course, s)))
+    trigger = course.trigger(Inversion(steps=s.inversion_steps))
     optimizer = course.sgd(s.lr, momentum=s.momentum)
     for _ in course.stage("learn the backdoor", s.epochs, optimizer, guarded_from=None):
         course.student.eval()
@@ -72,21 +72,14 @@ def run(model: nn.Module, data: DefenderData, **options: Any) -> Result:
                 images, moved = course.alike(images, trigger.operator(images))
                 odds = course.before(moved).log_softmax(1)
                 wanted = (odds + log_targets(trigger.targets)[batch.y]).argmax(1)
-            logits = course.student(torch.cat([images, moved]))
-            course.step(optimizer, functional.cross_entropy(logits, torch.cat([batch.y, wanted])))
+            both, y = torch.cat([images, moved]), torch.cat([batch.y, wanted])
+            triggered = torch.arange(len(both), device=both.device) >= len(images)
+            loss = course.clean_loss(course.student(both), both, y, 0.0, moved=triggered)
+            course.step(optimizer, loss)
     learned = course.once("learned", lambda: _weights(course.student))
     for _ in course.stage("subtract", 1, begin=lambda: _subtract(course, learned, s)):
         pass
     return course.result()
-
-
-def _inverted(course: Course, s: Settings) -> dict[str, Any]:
-    return invert_trigger(
-        course.before,
-        course.data.clean,
-        seed=course.seed,
-        settings=Inversion(steps=s.inversion_steps),
-    ).state()
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:

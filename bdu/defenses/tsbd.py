@@ -100,10 +100,14 @@ def run(model: nn.Module, data: DefenderData, **options: Any) -> Result:
         cosine(optimizer, s.lr, epoch, s.epochs)
         course.student.train()
         for batch in course.batches(data.clean, s.batch_size):
-            images = course.images(batch)
+            images, y = course.images(batch), batch.y
+            suspect = course.suspect_logits(images, s.distillation)
 
-            def gradient(images: Tensor = images, y: Tensor = batch.y) -> tuple[Tensor, Any]:
-                loss = course.clean_loss(course.student(images), images, y, s.distillation)
+            def gradient(
+                images: Tensor = images, y: Tensor = y, suspect: Tensor | None = suspect
+            ) -> tuple[Tensor, Any]:
+                logits = course.student(images)
+                loss = course.clean_loss(logits, images, y, s.distillation, suspect)
                 return loss, torch.autograd.grad(loss, parameters, materialize_grads=True)
 
             loss, here = gradient()

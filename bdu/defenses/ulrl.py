@@ -127,7 +127,8 @@ def run(model: nn.Module, data: DefenderData, **options: Any) -> Result:
             if s.keep_length:
                 _lengthen(course, name, rows)
 
-    optimizer = course.sgd(s.lr, free=suspicious, momentum=s.momentum)
+    free = suspicious | {_bias_of(name): rows for name, rows in suspicious.items()}
+    optimizer = course.sgd(s.lr, free=free, momentum=s.momentum)
     for epoch in course.stage("relearn", s.relearn_epochs, optimizer, begin=begin):
         cosine(optimizer, s.lr, epoch, s.relearn_epochs)
         course.student.train()
@@ -164,9 +165,13 @@ def _suspicious(course: Course, s: Settings) -> dict[str, Tensor]:
     return found
 
 
+def _bias_of(weight: str) -> str:
+    return weight.removesuffix("weight") + "bias"
+
+
 def _reinitialise(course: Course, name: str, rows: Tensor) -> None:
     weight = course.student.get_parameter(name)
-    bias = dict(course.student.named_parameters()).get(name.removesuffix("weight") + "bias")
+    bias = dict(course.student.named_parameters()).get(_bias_of(name))
     bound = (2 / weight[0].numel()) ** 0.5
     fresh = torch.rand(weight[rows].shape, generator=course.generator) * 2 * bound - bound
     with torch.no_grad():
