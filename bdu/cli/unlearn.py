@@ -57,8 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--preset",
         choices=("published", "ours"),
         default="published",
-        help="where the method's settings start from: the paper's, or those of our variant, "
-        '"<method>, ours" in docs/methods.md and the tables',
+        help="where the method's settings start from: the paper's as far as they are known, or "
+        'those of our variant, "<method>, ours" in docs/methods.md and the tables',
     )
     parser.add_argument(
         "--set",
