@@ -6,12 +6,13 @@ reader sees the old file or the new one and an interrupted write leaves no half 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 import re
 import secrets
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -268,6 +269,45 @@ def load_state(path: str | os.PathLike[str]) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"path: expected a state file, got {path}, which is not there")
     return _torch_load(path)
+
+
+def digest(tensors: Iterable[Tensor], *more: str) -> str:
+    """32 hexadecimal digits (BLAKE2b) of values, shapes and dtypes, in order, and of texts."""
+    hashed = hashlib.blake2b(digest_size=16)
+    for text in more:
+        hashed.update(text.encode())
+    for tensor in tensors:
+        hashed.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        hashed.update(flat.view(torch.uint8).numpy().data)
+    return hashed.hexdigest()
+
+
+def known_state(path: str | os.PathLike[str] | None, *, resume: bool) -> Any:
+    """What a run goes on from: what load_state reads, or None where it starts anew.
+
+    Args:
+        path: where it keeps its state, or None: nowhere.
+        resume: whether it is to go on from there, if there is anything.
+
+    Raises:
+        ValueError: nowhere to resume from, or a folder.
+        FileExistsError: something is there, and it is not to be resumed.
+        CheckpointError: as load_state.
+    """
+    if path is None:
+        if resume:
+            raise ValueError("state_file: expected a path to resume from, got None")
+        return None
+    if Path(path).is_dir():
+        raise ValueError(f"state_file: expected a file, got {path}, a folder")
+    if not Path(path).exists():
+        return None
+    if not resume:
+        raise FileExistsError(
+            f"state_file: expected a new file, or resume to go on from it, got {path}"
+        )
+    return load_state(path)
 
 
 def _check_plain(value: Any, place: str) -> None:

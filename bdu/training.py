@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from bdu.checkpoint import load_state, save_state
+from bdu.checkpoint import digest, known_state, save_state
 from bdu.data import as_unit_float, check_images, check_labels
 from bdu.data import augment as augmented
 from bdu.models import device_of, logits_of, modes_kept
@@ -146,7 +145,9 @@ def fit(
         the last step).
 
     Raises:
-        ValueError: an argument out of range, or a state_file of a run with other settings.
+        ValueError: an argument out of range, or a state_file of a run with other settings or
+            other data.
+        FileExistsError: there is something at state_file, and resume is False.
         FloatingPointError: a loss is NaN or infinite; names the epoch and the step (from 1).
     """
     settings: dict[str, Any] = {
@@ -167,12 +168,13 @@ def fit(
     if companion is not None:
         settings["companion"] = companion.settings()
     _check_settings(settings)
-    if resume and state_file is None:
-        raise ValueError("state_file: expected a path to resume from, got None")
     device = device_of(model)
     x, y = check_images(x).to(device), check_labels(y).to(device)
     if len(x) != len(y):
         raise ValueError(f"y: expected {len(x)} labels, as x, got {len(y)}")
+    if state_file is not None:
+        settings["data"] = digest([x, y])
+    state = known_state(state_file, resume=resume)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     optimizer = torch.optim.SGD(
         [p for p in model.parameters() if p.requires_grad],
@@ -183,8 +185,7 @@ def fit(
     )
     generator = torch.Generator().manual_seed(seed)
     history: list[dict[str, Any]] = []
-    if resume and state_file is not None and Path(state_file).exists():
-        state = load_state(state_file)
+    if state is not None:
         _check_same_run(state, settings, state_file)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -300,27 +301,37 @@ def _check_settings(settings: dict[str, Any]) -> None:
             raise ValueError(f"{name_shown}: expected at least 1, got {settings[name]}")
     if not 0 < settings["lr"] < math.inf:
         raise ValueError(f"lr: expected a positive number, got {settings['lr']}")
-    if not 0 <= settings["label_smoothing"] < 1:
-        raise ValueError(
-            f"label_smoothing: expected a number in [0, 1), got {settings['label_smoothing']}"
-        )
+    for name in ("label_smoothing", "momentum"):
+        if not 0 <= settings[name] < 1:
+            raise ValueError(f"{name}: expected a number in [0, 1), got {settings[name]}")
+    if not 0 <= settings["weight_decay"] < math.inf:
+        raise ValueError(f"weight_decay: expected a number >= 0, got {settings['weight_decay']}")
     # float16 would need loss scaling, which this loop does not do
     if settings["autocast_dtype"] not in (None, "torch.bfloat16"):
         raise ValueError(
             f"autocast_dtype: expected torch.bfloat16 or None, got {settings['autocast_dtype']}"
         )
+    if not 0 <= settings["seed"] < 2**63:
+        raise ValueError(
+            f"seed: expected a whole number from 0 to 2**63 - 1, got {settings['seed']}"
+        )
     learning_rate_factor(settings["schedule"], 0, 1)
 
 
-def _check_same_run(state: Any, settings: dict[str, Any], path: str | os.PathLike[str]) -> None:
+def _check_same_run(
+    state: Any, settings: dict[str, Any], path: str | os.PathLike[str] | None
+) -> None:
     if not isinstance(state, dict) or "settings" not in state:
         raise ValueError(f"state_file: expected one that fit wrote, got {path}")
     for name, value in settings.items():
-        if state["settings"].get(name) != value:
-            raise ValueError(
-                f"state_file: expected a run with {name}={value}, "
-                f"got one with {name}={state['settings'].get(name)} in {path}"
-            )
+        if state["settings"].get(name) == value:
+            continue
+        if name == "data":
+            raise ValueError(f"x, y: expected the data of the run in {path}, got others")
+        raise ValueError(
+            f"state_file: expected a run with {name}={value}, "
+            f"got one with {name}={state['settings'].get(name)} in {path}"
+        )
 
 
 def _batches(order: Tensor, batch_size: int) -> list[Tensor]:

@@ -115,6 +115,21 @@ def test_resume_with_other_settings_is_refused_by_name(tmp_path):
         fit(with_dropout(0), *data(), **OPTIONS, resume=True)
 
 
+def test_resume_with_other_data_is_refused(tmp_path):
+    fit(with_dropout(0), *data(), **OPTIONS, state_file=tmp_path / "s.pt")
+    x, y = data()
+    for other in ((1 - x, y), (x, y.flip(0))):
+        with pytest.raises(ValueError, match=r"^x, y: expected the data of the run in"):
+            fit(with_dropout(0), *other, **OPTIONS, state_file=tmp_path / "s.pt", resume=True)
+
+
+def test_a_state_file_that_is_there_is_not_written_over(tmp_path):
+    (tmp_path / "s.pt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"^state_file: expected a new file, or resume"):
+        fit(with_dropout(0), *data(), **OPTIONS, state_file=tmp_path / "s.pt")
+    assert (tmp_path / "s.pt").read_text() == "mine"
+
+
 def test_resume_without_a_file_starts_anew(tmp_path):
     first, second = with_dropout(0), with_dropout(0)
     fit(first, *data(), **OPTIONS)
@@ -205,6 +220,9 @@ def test_one_cycle_rises_for_a_quarter_and_falls():
         ({"schedule": "step"}, "schedule: expected one of one-cycle, cosine, constant"),
         ({"autocast_dtype": torch.float16}, r"autocast_dtype: expected torch\.bfloat16"),
         ({"label_smoothing": 1.0}, "label_smoothing: expected"),
+        ({"momentum": 3.0}, r"momentum: expected a number in \[0, 1\), got 3.0"),
+        ({"weight_decay": math.nan}, "weight_decay: expected a number >= 0, got nan"),
+        ({"seed": 2**64}, "seed: expected a whole number from 0"),
     ],
 )
 def test_settings_out_of_range_are_named(change, message):
