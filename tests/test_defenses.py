@@ -884,6 +884,25 @@ def test_reactivation_names_what_does_not_fit(planted):
         reactivate(*[planted.model] * 3, x, y, x, y, radius=float("nan"), seed=0)
     with pytest.raises(ValueError, match=r"^x_triggered: expected images \(1, 8, 8\)"):
         reactivate(*[planted.model] * 3, x, y, x[:, :, :4], y, seed=0)
+    for name, value in (("lr", math.nan), ("weight", math.nan), ("epochs", -3), ("batch_size", 0)):
+        with pytest.raises(ValueError, match=rf"^{name}: expected a .*, got {value}"):
+            reactivate(*[planted.model] * 3, x, y, x, y, seed=0, **{name: value})
+
+
+def test_reactivation_takes_models_that_return_more_than_logits(planted):
+    class Wrapped(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = copy.deepcopy(planted.model).eval()
+
+        def forward(self, x):
+            return {"logits": self.inner(x)}
+
+    x, y = (part[:40] for part in planted.clean)
+    options = {"epochs": 1, "seed": 0}
+    bare = reactivate(*[planted.model.eval()] * 3, x, y, x, y, **options)
+    wrapped = reactivate(*[Wrapped() for _ in range(3)], x, y, x, y, **options)
+    assert torch.equal(bare(as_unit_float(x)), wrapped(as_unit_float(x)))
 
 
 def test_the_path_begins_at_the_model_and_ends_at_the_other(planted):

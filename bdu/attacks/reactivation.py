@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from bdu.data import as_unit_float, check_images, check_labels
 from bdu.metrics import predict
-from bdu.models import device_of, modes_kept
+from bdu.models import device_of, logits_of, modes_kept
 
 
 class Perturbation(nn.Module):
@@ -81,8 +81,14 @@ def reactivate(
     Raises:
         ValueError: shapes or values that do not fit.
     """
-    if not 0 < radius < math.inf:
-        raise ValueError(f"radius: expected a positive number, got {radius}")
+    for name, count in (("epochs", epochs), ("batch_size", batch_size)):
+        if not isinstance(count, int) or count < 1:
+            raise ValueError(f"{name}: expected a whole number >= 1, got {count!r}")
+    for name, number in (("radius", radius), ("lr", lr)):
+        if not 0 < number < math.inf:
+            raise ValueError(f"{name}: expected a positive number, got {number}")
+    if not 0 <= weight < math.inf:
+        raise ValueError(f"weight: expected a number >= 0, got {weight}")
     classes = predict(purified, check_images(x_clean, "x_clean")[:1]).shape[1]
     parts = []
     for name, x, y in (("clean", x_clean, y_clean), ("triggered", x_triggered, y_true)):
@@ -107,19 +113,24 @@ def reactivate(
             stack.enter_context(modes_kept(model))
             model.eval()
         with torch.no_grad():
-            wanted = torch.cat([relearned(part).log_softmax(1) for part in x.split(batch_size)])
+            wanted = torch.cat([_log_of(relearned, part) for part in x.split(batch_size)])
         for _ in range(epochs):
             for part in torch.randperm(len(x), generator=generator).split(batch_size):
                 moved = perturbation(x[part])
                 answers = functional.kl_div(
-                    purified(moved).log_softmax(1),
+                    _log_of(purified, moved),
                     wanted[part],
                     log_target=True,
                     reduction="batchmean",
                 )
-                loss = weight * answers + functional.cross_entropy(never_backdoored(moved), y[part])
+                seen = logits_of(never_backdoored(moved))
+                loss = weight * answers + functional.cross_entropy(seen, y[part])
                 own = list(perturbation.parameters())
                 for parameter, slope in zip(own, torch.autograd.grad(loss, own), strict=True):
                     parameter.grad = slope
                 optimizer.step()
     return perturbation.requires_grad_(False)
+
+
+def _log_of(model: nn.Module, images: Tensor) -> Tensor:
+    return logits_of(model(images)).log_softmax(1)

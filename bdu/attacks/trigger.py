@@ -253,6 +253,8 @@ def own_generator(seed: int) -> torch.Generator:
     Not that which torch makes of the seed: `fit` shuffles with it, and where both permute all
     samples the drawn ones would be the first batches of its first epoch.
     """
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed: expected a whole number from 0 to 2**63 - 1, got {seed}")
     generator = torch.Generator().manual_seed(seed)
     return generator.manual_seed(int(torch.randint(2**62, (), generator=generator)))
 
