@@ -265,8 +265,10 @@ def _chosen(
     judged: dict[str, tuple[float, float, float]] = {}
     for name, weights in tried.items():
         cleaned, between = (_with(course.before, w) for w in (weights, _half_way(weights, before)))
+        back = residue_of(between)
         again = _retuned(course, cleaned, found, strongest)
-        back = max(residue_of(between), residue_of(again, strongest))
+        if again is not None:
+            back = max(back, residue_of(again, strongest))
         judged[name] = share_called(cleaned, samples), residue_of(cleaned), back
     count = len(samples)
     worked = float(strengths.max())
@@ -306,14 +308,17 @@ def _chosen(
     return name, reason
 
 
-def _retuned(course: Course, model: nn.Module, found: Found, only: Tensor) -> nn.Module:
-    """After the retune attack on clean samples, a few of them under one operator."""
+def _retuned(course: Course, model: nn.Module, found: Found, only: Tensor) -> nn.Module | None:
+    """After the retune attack on clean samples, a few of them under one operator; None where no
+    sample is of another class than that operator's."""
     clean = course.data.clean
     kind, row = (int(place) for place in torch.nonzero(only)[0])
     operator, target = list(found.operators.values())[kind], int(found.targets[row])
     classes = predict(model, clean.x[:1]).shape[1]
     wanted = target_labels(clean.y, ALL_TO_ALL if target == NEXT else target, classes)
     (others,) = torch.nonzero(clean.y != wanted, as_tuple=True)
+    if not len(others):
+        return None
     generator = torch.Generator().manual_seed(course.seed)
     chosen = torch.randperm(len(others), generator=generator)[:_POISONED]
     chosen = others[chosen.to(others.device)]

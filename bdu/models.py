@@ -13,7 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -355,6 +355,33 @@ def logits_of(output: Any) -> Tensor:
             f"{type(output).__name__}"
         )
     return found
+
+
+def random_state_kept(model: nn.Module) -> AbstractContextManager[None]:
+    """Put the global random state back at exit, of the CPU and of the model's devices: a model may
+    draw even in evaluation mode."""
+    devices = sorted({str(tensor.device) for tensor in model.parameters() if tensor.is_cuda})
+    return torch.random.fork_rng(devices)
+
+
+@contextmanager
+def left_untouched(model: nn.Module) -> Iterator[None]:
+    """Put training flags, buffers and the global random state back at exit: a module may count its
+    calls even in evaluation mode, or draw."""
+    kept = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    with random_state_kept(model), modes_kept(model):
+        try:
+            yield
+        finally:
+            for module, name, buffer, before in kept:
+                if not torch.equal(buffer, before):
+                    buffer.data.copy_(before)
+                module._buffers[name] = buffer
 
 
 @contextmanager

@@ -13,14 +13,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from bdu import auto
 from bdu.data import as_unit_float
 from bdu.defenses import balanced, bi_bau, finetuning, fst, i_bau, pam, sau, tbar, tsbd, ulrl
+from bdu.defenses.course import logit_scale
 from bdu.defenses.head import head_of
 from bdu.defenses.protocol import Callback, DefenderData, Line, Result
 from bdu.metrics import predict
-from bdu.models import device_of, logits_of, modes_kept
+from bdu.models import device_of, left_untouched, logits_of, random_state_kept
 
 _TRIGGER_FREE = (auto, finetuning, ulrl, fst, tsbd, i_bau, sau, pam, tbar, bi_bau)
 
@@ -91,6 +93,7 @@ def unlearn(
     Raises:
         ValueError: an unknown method, data that do not fit the model, or a setting out of range;
             before any work is done.
+        FileExistsError: there is something at ``state_file``, and ``resume`` is False.
         FloatingPointError: a gradient is not finite; names the parameter.
     """
     target_device = device_of(model) if device is None else torch.device(device)
@@ -110,16 +113,18 @@ def unlearn(
     _warn_of_absent_classes(model, data)
     seed = int(seed)
     is_bare = _returns_a_tensor(model, data)
-    result = METHODS[method](
-        model if is_bare else _with_logits_alone(model),
-        data,
-        seed=seed,
-        callbacks=callbacks if is_bare else [_given_the_whole(each) for each in callbacks],
-        progress=progress,
-        state_file=state_file,
-        resume=resume,
-        **settings,
-    )
+    given = model if is_bare else _with_logits_alone(model)
+    with random_state_kept(given):
+        result = METHODS[method](
+            given,
+            data,
+            seed=seed,
+            callbacks=callbacks if is_bare else [_given_the_whole(each) for each in callbacks],
+            progress=progress,
+            state_file=state_file,
+            resume=resume,
+            **settings,
+        )
     _make_whole(result.model)
     return result
 
@@ -135,7 +140,7 @@ class _Logits:
 
 
 def _returns_a_tensor(model: nn.Module, data: DefenderData) -> bool:
-    with torch.no_grad(), modes_kept(model):
+    with torch.no_grad(), left_untouched(model):
         model.eval()
         return isinstance(model(as_unit_float(data.clean.x[:1])), Tensor)
 
@@ -194,24 +199,36 @@ def prepare(
             "'auto' for one, need none"
         )
     data = DefenderData.split(clean, triggered, seed=int(seed), device=device)
-    if settings.get("forget") == "true_label" and (
-        data.triggered is None or data.triggered.y_true is None
-    ):
-        raise ValueError("triggered: expected (x, y_target, y_true) with forget='true_label'")
-    _check_fits(model, data)
-    if method in _MAKES_THE_HEAD_AFRESH or settings.get("reference_epochs"):
-        head = head_of(model, as_unit_float(data.clean.x[:1]).to(device_of(model)))
-        if not model.get_parameter(f"{head}.weight").requires_grad:
-            raise ValueError(
-                f"model: expected a final layer to train, as {method} makes its rows afresh, got "
-                f"{head}.weight frozen"
-            )
+    with left_untouched(model):
+        _check_fits(model, data)
+        _check_layers(model, method, SETTINGS[method](**settings), data)
     return data
+
+
+def _check_layers(model: nn.Module, method: str, settings: Any, data: DefenderData) -> None:
+    """Raise ValueError for what the method would refuse once it runs."""
+    if method == "balanced":
+        balanced.fitting(settings, data)
+        return
+    if method == tsbd.NAME:
+        tsbd.prunable_layers(model, data)
+    afresh = method in _MAKES_THE_HEAD_AFRESH or getattr(settings, "reference_epochs", False)
+    if not afresh and logit_scale(model, data.clean, settings.logit_spread) == 1:
+        return
+    head = head_of(model, as_unit_float(data.clean.x[:1]).to(device_of(model)))
+    if afresh and not model.get_parameter(f"{head}.weight").requires_grad:
+        raise ValueError(
+            f"model: expected a final layer to train, as {method} makes its rows afresh, got "
+            f"{head}.weight frozen"
+        )
 
 
 def _check_trainable(model: nn.Module) -> None:
     if isinstance(model, torch.jit.ScriptModule):
         raise ValueError("model: expected a plain nn.Module, got a ScriptModule")
+    lazy = next((n for n, p in model.named_parameters() if is_lazy(p)), None)
+    if lazy is not None:
+        raise ValueError(f"model: expected weights, got {lazy} uninitialised; call the model once")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("model: expected parameters to train, got all of them frozen, or none")
     other = next((n for n, v in model.state_dict().items() if not isinstance(v, Tensor)), None)
@@ -253,6 +270,8 @@ def _check_fits(model: nn.Module, data: DefenderData) -> None:
             f"clean: expected images that the model takes, got {tuple(data.clean.x.shape[1:])}: "
             f"{error}"
         ) from error
+    if classes < 2:
+        raise ValueError(f"model: expected logits of at least 2 classes, got {classes}")
     parts = {"clean": (data.clean, data.clean_validation)}
     if data.triggered is not None and data.triggered_validation is not None:
         parts["triggered"] = (data.triggered, data.triggered_validation)
@@ -270,7 +289,8 @@ _NAMED = 8  # classes, in a warning
 
 
 def _warn_of_absent_classes(model: nn.Module, data: DefenderData) -> None:
-    classes = predict(model, data.clean.x[:1]).shape[1]
+    with left_untouched(model):
+        classes = predict(model, data.clean.x[:1]).shape[1]
     y = torch.cat([part.y for part in (data.clean, data.clean_validation)])
     absent = torch.nonzero(torch.bincount(y, minlength=classes) == 0).flatten().tolist()
     if absent:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import numpy as np
@@ -11,9 +12,11 @@ from torch import nn
 from torch.nn import functional
 
 from bdu.defenses import course as course_module
+from bdu.defenses import tsbd
 from bdu.defenses.course import Course, Running, Shared, fingerprint, logit_spread
 from bdu.defenses.head import head_of
 from bdu.defenses.protocol import DefenderData
+from bdu.models import Normalize
 from bdu.trainer import unlearn
 
 CLASSES = 4
@@ -311,6 +314,16 @@ def test_a_run_is_another_where_layers_labels_or_what_is_trained_differ():
     assert fingerprint(model, named[0]) != fingerprint(model, named[1])
 
 
+def test_a_run_is_another_where_what_has_no_weights_differs():
+    data = DefenderData.split(images(), None, seed=0, device=torch.device("cpu"))
+    end = nn.Linear(16, CLASSES)
+    models = [network(end, nn.Dropout(p)) for p in (0.1, 0.9)]
+    for mean in (0.4, 0.5):
+        models.append(network(end, nn.Dropout(0.1)))
+        models[-1].register_forward_pre_hook(Normalize([mean], [0.2]))
+    assert len({fingerprint(model, data) for model in models}) == 4
+
+
 @pytest.mark.filterwarnings("ignore:clean. has no sample")
 def test_auto_does_not_judge_classes_that_no_clean_sample_shows():
     model, (x, y) = taught(network()), images()
@@ -356,3 +369,145 @@ def test_auto_leaves_the_callers_random_numbers_alone():
     before = torch.get_rng_state()
     clean("auto", taught(network()))
     assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.filterwarnings("ignore:ulrl. no neuron")
+@pytest.mark.parametrize("method", ["fst", "ulrl", "tsbd", "auto"])
+def test_a_spectral_norm_in_training_mode_is_left_as_it_is(method):
+    model = taught(network(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, CLASSES)))
+    nn.utils.parametrizations.spectral_norm(model[1])
+    before = copy.deepcopy(model.train().state_dict())
+    clean(method, model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class Restless(nn.Module):
+    """Counts its calls, and draws in evaluation mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x):
+        self.calls += 1
+        return functional.dropout(x, 0.1)
+
+
+@pytest.mark.parametrize("method", ["fine-tuning", "fst"])
+def test_a_model_that_counts_and_draws_is_left_as_it_is(method):
+    model = nn.Sequential(network(nn.Linear(16, CLASSES)), nn.Identity())
+    model[0].insert(2, Restless())
+    state = torch.random.get_rng_state()
+    # fst may find that the logits, drawn anew, are no multiple of its layer
+    with contextlib.suppress(ValueError):
+        clean(method, model)
+    assert float(model[0][2].calls) == 0
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_weights_that_are_not_there_yet_are_refused():
+    with pytest.raises(ValueError, match=r"^model: expected weights, got 3.weight uninitialised"):
+        clean("fine-tuning", network(nn.LazyLinear(CLASSES)))
+
+
+@pytest.mark.filterwarnings("ignore:ulrl. no neuron")
+@pytest.mark.parametrize("method", ["fst", "ulrl"])
+def test_a_frozen_bias_of_the_last_layer_stays(method):
+    model = taught(network())
+    model[3].bias.requires_grad_(False)
+    more = {"logit_spread": None, **({"fresh_bias": True} if method == "fst" else {})}
+    cleaned = clean(method, model, **more).model
+    assert torch.equal(cleaned[3].bias, model[3].bias)
+    assert not torch.equal(cleaned[3].weight, model[3].weight)
+
+
+@pytest.mark.parametrize("method", sorted(QUICK))
+def test_a_single_output_is_refused(method, tmp_path):
+    x, y = images()
+    with pytest.raises(ValueError, match=r"^model: expected logits of at least 2 classes, got 1"):
+        clean(
+            *(method, network(nn.Linear(16, 1))),
+            clean=(x, 0 * y),
+            triggered=(x, 0 * y),
+            state_file=tmp_path / "state.pt",
+        )
+
+
+@pytest.mark.parametrize("method", sorted(QUICK))
+def test_a_state_file_that_is_there_is_not_written_over(method, tmp_path):
+    file = tmp_path / "notes.txt"
+    file.write_text("mine")
+    with pytest.raises(FileExistsError, match=r"^state_file: expected a new file, or resume"):
+        clean(method, network(), triggered=images(), state_file=file)
+    assert file.read_text() == "mine"
+    with pytest.raises(ValueError, match=r"^state_file: expected a file, got .*, a folder"):
+        clean(method, network(), triggered=images(), state_file=tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:clean. has no sample")
+def test_auto_takes_images_of_one_class_alone():
+    model, (x, y) = taught(network()), images()
+    some = y == 0
+    result = clean("auto", model, clean=(x[some], y[some]), threshold=0.0)
+    assert "chose" in result.stopped
+
+
+@pytest.mark.parametrize("share", ["neuron_share", "weight_share"])
+def test_tsbd_sets_nothing_to_zero_where_it_is_to_take_no_share(share, monkeypatch):
+    found = []
+    most_changed = tsbd._most_changed
+
+    def kept(*arguments):
+        found.append(most_changed(*arguments))
+        return found[-1]
+
+    monkeypatch.setattr(tsbd, "_most_changed", kept)
+    clean("tsbd", taught(network()), **{share: 0.0})
+    clean("tsbd", taught(network()))
+    assert found[0] == {}
+    assert found[1] != {}
+
+
+def test_balanced_tells_callbacks_that_can_be_read_once_and_leaves_no_gradients():
+    model, (x, y) = taught(network()), images()
+    seen = []
+    result = clean(
+        *("balanced", model),
+        triggered=(x, (y + 1) % CLASSES),
+        callbacks=iter([lambda line, _: seen.append(line["step"])]),
+        unlearn_steps=4,
+        recovery_steps=2,
+        evaluate_every=2,
+    )
+    assert seen == [0, 2, 4, 6]
+    assert all(parameter.grad is None for parameter in result.model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"triggered": (*images(), images()[1])}, "triggered: expected y_true to be what"),
+        ({"momentum": 1.0}, r"momentum: expected a number in \[0, 1\), got 1.0"),
+        ({"lr": 0.0}, "lr: expected a number > 0, got 0.0"),
+        ({"clean": (*images(), images()[1])}, r"clean: expected \(x, y\), got three tensors"),
+    ],
+)
+def test_what_balanced_would_refuse_later_is_refused_first(options, message):
+    called = []
+    with pytest.raises(ValueError, match="^" + message):
+        clean(
+            *("balanced", network()),
+            **{"triggered": images(), **options},
+            callbacks=[lambda line, _: called.append(line)],
+        )
+    assert called == []
+
+
+@pytest.mark.parametrize("method", ["fine-tuning", "tsbd"])
+def test_a_layer_that_cannot_be_scaled_is_refused_where_it_would_have_to_be(method):
+    more = {"logit_spread": 1e-3}
+    with pytest.raises(
+        ValueError, match=r"^model: expected a final layer with a weight of its own"
+    ):
+        clean(method, Tied(), **more)
+    assert clean("fine-tuning", Tied()).stopped == "ran all its steps"

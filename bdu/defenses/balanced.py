@@ -24,7 +24,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -32,9 +31,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from bdu.checkpoint import load_state, save_state
+from bdu.checkpoint import known_state, save_state
 from bdu.data import as_unit_float, augment
 from bdu.defenses.course import (
+    check_numbers,
     check_same_run,
     fingerprint,
     knows_mirrored,
@@ -43,7 +43,17 @@ from bdu.defenses.course import (
     standard_error,
 )
 from bdu.defenses.distillation import absent, distilled_loss
-from bdu.defenses.protocol import Callback, DefenderData, Line, Result, Samples, summary, tell
+from bdu.defenses.protocol import (
+    Callback,
+    DefenderData,
+    Line,
+    Result,
+    Samples,
+    collapsed,
+    kept_step,
+    summary,
+    tell,
+)
 from bdu.fisher import contrastive, fisher_diagonal, scale_to_unit_mean, target_log_odds
 from bdu.metrics import predict
 from bdu.ops import grad_norm
@@ -135,18 +145,15 @@ class Settings:
                 raise ValueError(f"{name}: expected a whole number >= {least}, got {value!r}")
         if self.unlearn_steps + self.recovery_steps == 0:
             raise ValueError("unlearn_steps: expected at least one step in all, got 0")
-        for name in ("distillation", "clean_accuracy_floor"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: expected a share in [0, 1], got {getattr(self, name)}")
-        at_least_zero = ("triggered_weight", "radius", "gamma", "ewc_lambda", "lr", "momentum")
-        for name in at_least_zero:
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)}")
         if self.ceiling is not None and not 0 < self.ceiling < math.inf:
             raise ValueError(f"ceiling: expected a number > 0 or None, got {self.ceiling}")
-        for name in ("temperature", "max_grad_norm"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: expected a number > 0, got {getattr(self, name)}")
+        check_numbers(
+            self,
+            at_least_zero=("triggered_weight", "radius", "gamma", "ewc_lambda"),
+            below_one=("momentum",),
+            positive=("lr", "temperature", "max_grad_norm"),
+            shares=("distillation", "clean_accuracy_floor"),
+        )
 
 
 def run(
@@ -181,19 +188,10 @@ def run(
     Raises:
         ValueError: a setting out of range, or no triggered samples.
     """
-    s = settings_of(Settings, settings)
-    if data.triggered is None or data.triggered_validation is None:
-        raise ValueError("triggered: expected samples, as the balanced method needs them, got None")
-    if s.forget is None:
-        known = data.triggered.y_true is not None
-        s = replace(s, forget="true_label" if known else "unlikelihood")
-    if s.forget == "true_label" and data.triggered.y_true is None:
-        raise ValueError("triggered: expected (x, y_target, y_true) with forget='true_label'")
-    y_true = data.triggered.y_true
-    if s.forget == "true_label" and y_true is not None and torch.equal(y_true, data.triggered.y):
-        raise ValueError(
-            "triggered: expected y_true to be what the images really show, got y_target everywhere"
-        )
+    s = fitting(settings_of(Settings, settings), data)
+    assert data.triggered is not None
+    callbacks = list(callbacks)
+    known = known_state(state_file, resume=resume)
     teacher = copy.deepcopy(model).eval().requires_grad_(False)
     if s.mirror is None:
         s = replace(s, mirror=knows_mirrored(teacher, data.clean))
@@ -214,10 +212,8 @@ def run(
     shown = data.clean.y.unique()
     course = _Course(student, optimizer, torch.Generator().manual_seed(seed), s)
     started_with = asdict(s) | {"seed": seed, "model and data": fingerprint(model, data)}
-    if resume and state_file is None:
-        raise ValueError("state_file: expected a path to resume from, got None")
-    if resume and state_file is not None and Path(state_file).exists():
-        course.load(load_state(state_file), started_with)
+    if known is not None:
+        course.load(known, started_with)
     if not course.history:
         tell(callbacks, course.look(data, phase="before"), student)
     steps = s.unlearn_steps + s.recovery_steps
@@ -269,11 +265,10 @@ def run(
                 except FloatingPointError as error:  # outputs that are no numbers
                     course.stopped = f"stopped at step {course.step}: {error}"
                     break
-                if line["validation_clean_accuracy"] < course.lowest_clean_accuracy:
-                    course.stopped = (
-                        f"stopped at step {course.step}: clean accuracy on the validation split "
-                        f"fell to {line['validation_clean_accuracy']:.3f}"
-                    )
+                accuracy = line["validation_clean_accuracy"]
+                if accuracy < course.lowest_clean_accuracy:
+                    least = course.lowest_clean_accuracy
+                    course.stopped = collapsed(course.step, accuracy, least)
                 try:
                     tell(callbacks, line, student)
                 finally:
@@ -283,8 +278,27 @@ def run(
     stopped = course.stopped or "ran all its steps"
     kept = course.put_back_kept()
     if kept != course.step:
-        stopped += f"; kept the weights of step {kept}"
+        stopped += kept_step(kept)
+    optimizer.zero_grad()
     return Result(student, course.history, "balanced", asdict(s), stopped)
+
+
+def fitting(s: Settings, data: DefenderData) -> Settings:
+    """With `forget` chosen by what the defender knows; ValueError where the samples do not do."""
+    bad = data.triggered
+    if bad is None or data.triggered_validation is None:
+        raise ValueError("triggered: expected samples, as the balanced method needs them, got None")
+    if s.forget is None:
+        s = replace(s, forget="unlikelihood" if bad.y_true is None else "true_label")
+    if s.forget != "true_label":
+        return s
+    if bad.y_true is None:
+        raise ValueError("triggered: expected (x, y_target, y_true) with forget='true_label'")
+    if torch.equal(bad.y_true, bad.y):
+        raise ValueError(
+            "triggered: expected y_true to be what the images really show, got y_target everywhere"
+        )
+    return s
 
 
 class _Course:

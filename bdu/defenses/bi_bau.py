@@ -85,7 +85,7 @@ class Settings(Distilled):
         inner_steps, inner_lr, radius: K signed steps on δ_i, their size, and ε, for pixels in
             [0, 1].
         adversarial_weight: of CE(f(x̃), y), ≥ 0.
-        share: of every batch, in [0, 1], that x̃ are made of.
+        share: of every batch, in (0, 1], that x̃ are made of.
         pattern_size: ≥ 0, mean |pattern| at most of the random patterns that all images are trained
             under as well, where a reference and a class that was learnt by its trigger are there.
         lr, momentum, weight_decay: of SGD; lr falls as a cosine over the whole run.
@@ -113,7 +113,7 @@ class Settings(Distilled):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_numbers(self, counts=("rounds", "epochs", "inversion_steps", "batch_size"))
-        check_numbers(self, positive=("lr",), shares=("share",))
+        check_numbers(self, positive=("lr", "share"), shares=("share",))
         check_numbers(self, at_least_zero=("inner_steps", "inner_lr", "radius", "pattern_size"))
         check_numbers(
             self, at_least_zero=("adversarial_weight", "weight_decay"), below_one=("momentum",)

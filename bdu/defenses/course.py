@@ -8,26 +8,35 @@ and the state is written, so that an interrupted run goes on with the same bits.
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from bdu.checkpoint import load_state, save_state
+from bdu.checkpoint import digest, known_state, save_state
 from bdu.data import as_unit_float, augment
 from bdu.defenses.distillation import absent, distilled_loss
 from bdu.defenses.head import head_of
 from bdu.defenses.inversion import Inversion, Inverted, invert_trigger
-from bdu.defenses.protocol import Callback, DefenderData, Line, Result, Samples, summary, tell
+from bdu.defenses.protocol import (
+    Callback,
+    DefenderData,
+    Line,
+    Result,
+    Samples,
+    collapsed,
+    kept_step,
+    summary,
+    tell,
+)
 from bdu.fisher import contrastive, fisher_diagonal, scale_to_unit_mean, target_log_odds
 from bdu.metrics import predict
+from bdu.models import Normalize
 from bdu.optim import EWCSGD, EWCAdamW
 
 COMPLETED = "ran all its steps"
@@ -184,16 +193,13 @@ class Course:
     def __init__(
         self, method: str, model: nn.Module, data: DefenderData, settings: Shared, running: Running
     ) -> None:
+        known = known_state(running.state_file, resume=running.resume)
         self.before = copy.deepcopy(model).eval().requires_grad_(False)
         self.student = copy.deepcopy(model).eval()
-        self._logit_scale = 1.0
-        if settings.logit_spread is not None:
-            spread = logit_spread(self.before, data.clean)
-            if settings.logit_spread < spread < math.inf:  # NaN is not
-                # a power of two, so that what is left alone comes back bit for bit
-                self._logit_scale = 2.0 ** math.floor(math.log2(settings.logit_spread / spread))
-                for copied in (self.before, self.student):
-                    scale_logits(copied, data.clean, self._logit_scale)
+        self._logit_scale = logit_scale(self.before, data.clean, settings.logit_spread)
+        if self._logit_scale != 1:
+            for copied in (self.before, self.student):
+                scale_logits(copied, data.clean, self._logit_scale)
         self.data, self.settings, self._method, self._running = data, settings, method, running
         self.shown = data.clean.y.unique()
         self._callbacks, self.seed = list(running.callbacks), running.seed
@@ -213,10 +219,8 @@ class Course:
             "seed": running.seed,
             "model and data": fingerprint(model, data),
         }
-        if running.resume and running.state_file is None:
-            raise ValueError("state_file: expected a path to resume from, got None")
-        if running.resume and running.state_file and Path(running.state_file).exists():
-            self._load(load_state(running.state_file))
+        if known is not None:
+            self._load(known)
         mirror = settings.mirror if settings.augment else False
         self._mirror = knows_mirrored(self.before, data.clean) if mirror is None else mirror
         if not self._history:
@@ -395,7 +399,7 @@ class Course:
         stopped = self._stopped or COMPLETED
         if self._stopped and self._best is not None:
             self.student.load_state_dict(self._best["student"])
-            stopped += f"; kept the weights of step {self._best['step']}"
+            stopped += kept_step(self._best["step"])
         settings = asdict(self.settings)
         for parameter in self.student.parameters():
             parameter.grad = None
@@ -473,10 +477,7 @@ class Course:
         self._history.append(line)
         floor = self._history[0]["validation_clean_accuracy"] * self.settings.clean_accuracy_floor
         if guarded and clean < floor and not self._stopped:
-            self._stopped = (
-                f"stopped at step {self.steps}: clean accuracy on the validation split fell to "
-                f"{clean:.3f}"
-            )
+            self._stopped = collapsed(self.steps, clean, floor)
         if guarded and (self._best is None or clean >= self._best["clean_accuracy"]):
             weights = {k: v.detach().clone() for k, v in self.student.state_dict().items()}
             self._best = {"clean_accuracy": clean, "step": self.steps, "student": weights}
@@ -548,21 +549,23 @@ def check_same_run(state: Any, started_with: Mapping[str, Any]) -> None:
 
 def fingerprint(model: nn.Module, data: DefenderData) -> str:
     """The same only for the same layers, weights, frozen ones, and samples in the same order."""
-    digest = hashlib.blake2b(digest_size=16)
     parts = (data.clean, data.clean_validation, data.triggered, data.triggered_validation)
-    tensors = [*model.state_dict().values()]
+    tensors = [*model.parameters(), *model.buffers()]
     for part in parts:
         if part is not None:
             tensors += [part.x, part.y, *([] if part.y_true is None else [part.y_true])]
-    # Another architecture may have the same weights.
-    layers = [(name, type(module).__qualname__) for name, module in model.named_modules()]
+    # Another architecture may have the same weights, another dropout or normalisation, too.
+    layers = [
+        (name, type(module).__qualname__, module.extra_repr(), _normalisations(module))
+        for name, module in model.named_modules()
+    ]
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    digest.update(repr([layers, trained]).encode())
-    for tensor in tensors:
-        digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return digest(tensors, repr([layers, trained]))
+
+
+def _normalisations(module: nn.Module) -> list[str]:
+    hooks = module._forward_pre_hooks.values()
+    return [repr(hook) for hook in hooks if isinstance(hook, Normalize)]
 
 
 def knows_mirrored(model: nn.Module, samples: Samples) -> bool:
@@ -576,6 +579,15 @@ def logit_spread(model: nn.Module, samples: Samples) -> float:
     """The logits' standard deviation over the classes, a mean over samples."""
     first = samples.at(torch.arange(min(_SPREAD_SAMPLES, len(samples))))
     return float(predict(model, first.x).float().std(1).mean())
+
+
+def logit_scale(model: nn.Module, samples: Samples, most: float | None) -> float:
+    """What brings the spread of the logits to `most` or less: a power of two, so that what is left
+    alone comes back bit for bit; 1 where it is not more, or no number."""
+    spread = logit_spread(model, samples) if most is not None else 0.0
+    if most is None or not most < spread < math.inf:
+        return 1.0
+    return 2.0 ** math.floor(math.log2(most / spread))
 
 
 def scale_logits(model: nn.Module, samples: Samples, factor: float) -> None:

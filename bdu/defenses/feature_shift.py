@@ -49,7 +49,7 @@ def shift_features(
     head = head_of(course.before, as_unit_float(clean.x[:1]))
     before = course.before.get_parameter(f"{head}.weight")
     weight = course.student.get_parameter(f"{head}.weight")
-    bias = dict(course.student.named_parameters()).get(f"{head}.bias")
+    bias = dict(course.named_parameters()).get(f"{head}.bias") if fresh_bias else None
 
     def begin() -> None:
         # as torch initialises a layer, but from the run's own generator
@@ -58,7 +58,7 @@ def shift_features(
         fresh = torch.rand(before.shape, generator=course.generator) * 2 * bound - bound
         with torch.no_grad():
             weight[rows] = fresh.to(weight)[rows]
-            if fresh_bias and bias is not None:
+            if bias is not None:
                 fresh = torch.rand(bias.shape, generator=course.generator) * 2 * bound - bound
                 bias[rows] = fresh.to(bias)[rows]
 

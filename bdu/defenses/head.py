@@ -24,6 +24,32 @@ def head_of(model: nn.Module, images: Tensor) -> str:
         ValueError: there is none; its weight is computed, shared with another layer, or does not
             scale the logits.
     """
+    # A spectral norm in training mode takes another step whenever its weight is read.
+    with torch.no_grad(), modes_kept(model):
+        model.eval()
+        logits, called = _logits_and_layers(model, images[:1])
+        fitting = [name for name, layer in called if len(layer.weight) == logits.shape[1]]
+        if not fitting:
+            raise ValueError(
+                f"model: expected a final layer of {logits.shape[1]} outputs, got none "
+                f"among {len(called)} linear layers and convolutions"
+            )
+        head = fitting[-1]
+        own = _own_parameters(model, head)
+        doubled = {name: 2 * parameter for name, parameter in own.items()}
+        twice = logits_of(functional_call(model, doubled, (images[:1],)))
+    one, two = (each - each.mean(1, keepdim=True) for each in (logits, twice))
+    most = _ROUNDING * torch.finfo(logits.dtype).eps * float(logits.abs().max())
+    if not bool(((two - 2 * one).abs() <= most).all()) and bool(logits.isfinite().all()):
+        raise ValueError(
+            f"model: expected logits in proportion to the final layer, got others from {head}; "
+            "the outputs are to be those of a linear layer or convolution, before any softmax"
+        )
+    return head
+
+
+def _logits_and_layers(model: nn.Module, images: Tensor) -> tuple[Tensor, list[tuple[str, Any]]]:
+    """With the linear layers and convolutions by name, in the order they are called in."""
     called: list[tuple[str, Any]] = []
     handles = [
         module.register_forward_hook(lambda module, _, __, name=name: called.append((name, module)))
@@ -31,18 +57,14 @@ def head_of(model: nn.Module, images: Tensor) -> str:
         if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d)
     ]
     try:
-        with torch.no_grad(), modes_kept(model):
-            logits = logits_of(model.eval()(images[:1]))
+        return logits_of(model(images)), called
     finally:
         for handle in handles:
             handle.remove()
-    fitting = [name for name, module in called if len(module.weight) == logits.shape[1]]
-    if not fitting:
-        raise ValueError(
-            f"model: expected a final layer of {logits.shape[1]} outputs, got none "
-            f"among {len(called)} linear layers and convolutions"
-        )
-    head = fitting[-1]
+
+
+def _own_parameters(model: nn.Module, head: str) -> dict[str, nn.Parameter]:
+    """Those of the layer by their names in the model."""
     own = dict(model.get_submodule(head).named_parameters(prefix=head, recurse=False))
     if f"{head}.weight" not in own:
         raise ValueError(
@@ -59,17 +81,7 @@ def head_of(model: nn.Module, images: Tensor) -> str:
             f"model: expected a final layer with a weight of its own, got {head} sharing it "
             f"({', '.join(names)})"
         )
-    doubled = {name: 2 * parameter for name, parameter in own.items()}
-    with torch.no_grad(), modes_kept(model):
-        twice = logits_of(functional_call(model.eval(), doubled, (images[:1],)))
-    one, two = (each - each.mean(1, keepdim=True) for each in (logits, twice))
-    most = _ROUNDING * torch.finfo(logits.dtype).eps * float(logits.abs().max())
-    if not bool(((two - 2 * one).abs() <= most).all()) and bool(logits.isfinite().all()):
-        raise ValueError(
-            f"model: expected logits in proportion to the final layer, got others from {head}; "
-            "the outputs are to be those of a linear layer or convolution, before any softmax"
-        )
-    return head
+    return own
 
 
 def deviations(scores: Tensor) -> Tensor:

@@ -153,7 +153,7 @@ def invert_trigger(
         clean: the defender's images and true labels.
         seed: of the operator's start and of the batches.
         settings: see :class:`Inversion`.
-        wrap: around the numbers of the steps, for a progress bar.
+        wrap: around the numbers of the classes to probe, then of the steps, for progress bars.
     """
     s = settings or Inversion()
     models = [models] if isinstance(models, nn.Module) else list(models)
@@ -164,11 +164,11 @@ def invert_trigger(
     optimizer = torch.optim.Adam(own, lr=s.lr)
     with torch.no_grad():
         classes = models[0](as_unit_float(clean.x[:1])).shape[1]
-    losses = _probe(models, clean, classes, generator, s)
+    wrap = wrap or iter
+    losses = _probe(models, clean, wrap(range(classes)), generator, s)
     prior = _Prior((-_SHARPNESS * losses).softmax(0))
     penalty, turned = s.penalty, 0.0
-    steps: Iterable[int] = range(s.steps)
-    for _ in steps if wrap is None else wrap(steps):
+    for _ in wrap(range(s.steps)):
         batch = clean.at(torch.randint(len(clean), (s.batch_size,), generator=generator))
         images = as_unit_float(batch.x)
         moved = operator(images)
@@ -195,13 +195,14 @@ def invert_trigger(
 def _probe(
     models: Sequence[nn.Module],
     clean: Samples,
-    classes: int,
+    classes: Iterable[int],
     generator: torch.Generator,
     s: Inversion,
 ) -> Tensor:
     """(classes,): −log p(t | x + δ_t) + μ mean |δ_t|, where a few steps of Adam on δ_t bring it."""
-    losses = torch.zeros(classes, device=clean.y.device)
-    for target in range(classes):
+    losses = []
+    for target in classes:
+        losses.append(torch.zeros((), device=clean.y.device))
         (others,) = torch.nonzero(clean.y != target, as_tuple=True)
         if not s.probe_steps or not len(others):
             continue
@@ -214,8 +215,8 @@ def _probe(
             loss = -torch.stack(logs).mean() + s.penalty * delta.abs().mean()
             (delta.grad,) = torch.autograd.grad(loss, delta)
             optimizer.step()
-        losses[target] = loss.detach()
-    return losses
+        losses[-1] = loss.detach()
+    return torch.stack(losses)
 
 
 def log_targets(targets: Tensor) -> Tensor:

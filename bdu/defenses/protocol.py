@@ -25,6 +25,21 @@ def tell(callbacks: Iterable[Callback], line: Line, model: nn.Module) -> None:
         line.update(callback(line, model) or {})
 
 
+def collapsed(step: int, clean_accuracy: float, least: float) -> str:
+    """Why a run ends whose student falls below the least clean accuracy, and what may help."""
+    return (
+        f"stopped at step {step}: clean accuracy on the validation split fell to "
+        f"{clean_accuracy:.3f}, below {least:.3f} (clean_accuracy_floor); another lr, other epochs "
+        "or more clean samples may help"
+    )
+
+
+def kept_step(step: int) -> str:
+    """Which weights a run gives back."""
+    nothing = ", the model as it was, with any backdoor that it has" if step == 0 else ""
+    return f"; kept the weights of step {step}{nothing}"
+
+
 _SHOWN = {
     "loss": "loss",
     "validation_clean_accuracy": "clean",
@@ -99,7 +114,10 @@ class DefenderData:
         Raises:
             ValueError: too few samples to split, or values that do not fit.
         """
-        fit, validation = _split(_samples(clean, "clean"), "clean", seed)
+        given = _samples(clean, "clean")
+        if given.y_true is not None:
+            raise ValueError("clean: expected (x, y), got three tensors, as of triggered samples")
+        fit, validation = _split(given, "clean", seed)
         if triggered is None:
             return cls(fit.to(device), validation.to(device))
         bad_fit, bad_validation = _split(_samples(triggered, "triggered"), "triggered", seed)

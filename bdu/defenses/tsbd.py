@@ -16,6 +16,7 @@ each for each of `epochs`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,7 @@ from bdu.defenses.ascent import ascend
 from bdu.defenses.course import Course, Distilled, check_numbers, cosine, read_options
 from bdu.defenses.head import head_of, row_changes
 from bdu.defenses.protocol import DefenderData, Result
+from bdu.models import device_of
 from bdu.ops import grad_norm
 
 NAME = "tsbd"
@@ -74,7 +76,7 @@ class Settings(Distilled):
 def run(model: nn.Module, data: DefenderData, **options: Any) -> Result:
     """Clean a copy; options are those of :class:`bdu.defenses.course.Running` and `Settings`."""
     running, s = read_options(Settings, options)
-    layers = _layers(model, data)
+    layers = prunable_layers(model, data)
     course = Course(NAME, model, data, s, running)
     ascend(
         course,
@@ -124,9 +126,9 @@ def run(model: nn.Module, data: DefenderData, **options: Any) -> Result:
     return course.result()
 
 
-def _layers(model: nn.Module, data: DefenderData) -> list[str]:
-    """Names of the weights that may be set to zero."""
-    head = head_of(model, as_unit_float(data.clean.x[:1]))
+def prunable_layers(model: nn.Module, data: DefenderData) -> list[str]:
+    """Names of the weights that may be set to zero; ValueError where there are none."""
+    head = head_of(model, as_unit_float(data.clean.x[:1]).to(device_of(model)))
     names = []
     for layer, module in model.named_modules():
         prunable = isinstance(module, nn.Linear | _ConvNd | nn.MultiheadAttention)
@@ -151,16 +153,22 @@ def _most_changed(course: Course, layers: list[str], s: Settings) -> dict[str, T
         for name in layers
     }
     neurons = torch.cat([row_changes(torch.zeros_like(c), c) for c in changes.values()])
-    least = neurons.sort().values[-max(1, round(s.neuron_share * len(neurons)))]
+    least = _least_of(neurons, s.neuron_share)
     # What did not change at all is never among the most changed.
     chosen = {name: (c.sum(1) >= least) & (c.sum(1) > 0) for name, c in changes.items()}
     weights = torch.cat([c[chosen[name]].flatten() for name, c in changes.items()])
     if len(weights) == 0:  # the ascent was stopped before its first step
         return {}
-    least_weight = weights.sort().values[-max(1, round(s.weight_share * len(weights)))]
+    least_weight = _least_of(weights, s.weight_share)
     places = {}
     for name, change in changes.items():
         hit = (change >= least_weight) & (change > 0) & chosen[name].unsqueeze(1)
         if bool(hit.any()):
             places[name] = hit.view(course.before.get_parameter(name).shape).nonzero()
     return places
+
+
+def _least_of(values: Tensor, share: float) -> float:
+    """The smallest of the share that is largest; infinite where that is none."""
+    count = round(share * len(values))
+    return float(values.sort().values[-count]) if count else math.inf

@@ -171,7 +171,7 @@ def _bias_of(weight: str) -> str:
 
 def _reinitialise(course: Course, name: str, rows: Tensor) -> None:
     weight = course.student.get_parameter(name)
-    bias = dict(course.student.named_parameters()).get(_bias_of(name))
+    bias = dict(course.named_parameters()).get(_bias_of(name))  # none where it is frozen
     bound = (2 / weight[0].numel()) ** 0.5
     fresh = torch.rand(weight[rows].shape, generator=course.generator) * 2 * bound - bound
     with torch.no_grad():
