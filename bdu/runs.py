@@ -48,12 +48,23 @@ _RENAMED = {
     "trigger_attention_by_area": "tar_share_by_area",
     "trigger_attention_ratio": "tar_ratio",
 }
-STARTED_IN = "started_in"
+STARTED_IN, DATA = "started_in", "data_digest"
+"""What ``config.yaml`` has beside the settings: a folder, and what tells data from others."""
 METRICS = (
     *("before", "after", "method", "settings", "stopped", "seconds", "total_seconds", "seed"),
     *("versions", "weight_change", "der", "retuned_attack_success_rate"),
     *("planted", "planted_trigger_after", "template", "warnings", "memory_plan_bytes"),
 )
+PARTS = ("defender_clean", "defender_triggered", "retune", "evaluator")
+"""What ``bdu poison`` splits its data into, each an ``.npz``."""
+WRITTEN = frozenset(
+    {
+        *("config.yaml", "metrics.json", "metrics.jsonl", "model.safetensors", "report.html"),
+        *("state.pt", "seconds.json", "attention.npz", "attack.json", "trigger.safetensors"),
+        *("surrogate.safetensors", "surrogate_state.pt", *(f"{part}.npz" for part in PARTS)),
+    }
+)
+"""The files of runs of ``bdu poison`` and ``bdu unlearn``."""
 _VERSIONED = ("bdu", "torch", "triton", "numpy", "safetensors")
 
 
@@ -127,21 +138,41 @@ class RunDirectory:
         """Whether :meth:`start` would do; nothing is written.
 
         Raises:
-            FileExistsError: there is a run in it already and ``resume`` is False.
-            ValueError: ``resume`` with other settings than the run was started with.
+            FileExistsError: there is a run in it already and ``resume`` is False, or a file that
+                would be written over.
+            NotADirectoryError: it is a file.
+            ValueError: ``resume`` with other settings than the run was started with, or data.
         """
         known = self.path / "config.yaml"
-        if known.exists() and not resume:
+        if not known.exists():
+            # A planted model may come as its weights and attack.json alone, the rest to be made.
+            if not (resume and (self.path / "attack.json").exists()):
+                self._check_free()
+            return
+        if not resume:
             raise self._taken()
-        if known.exists():
-            before = yaml.safe_load(known.read_text())
-            differing = [key for key in config if not _same(before.get(key), config[key])]
-            if differing:
-                key = differing[0]
+        before = yaml.safe_load(known.read_text())
+        if DATA in config and before.get(DATA, config[DATA]) != config[DATA]:
+            raise ValueError(f"resume: expected the data that {self.path} was begun with")
+        for key in config.keys() - {DATA}:
+            if not _same(before.get(key), config[key]):
                 raise ValueError(
                     f"resume: expected the settings of {known}, but {key} was "
                     f"{before.get(key)!r} and is now {config[key]!r}"
                 )
+
+    def has_ended(self) -> bool:
+        """Whether there is a whole run in it, which leaves nothing to resume."""
+        return (self.path / "metrics.json").exists() and not self.state.exists()
+
+    def _check_free(self) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise NotADirectoryError(f"out: expected a folder, got {self.path}, a file")
+        if there := sorted(name for name in WRITTEN if (self.path / name).exists()):
+            raise FileExistsError(
+                f"out: expected a folder without {', '.join(there)}, which would be written over, "
+                f"got {self.path}"
+            )
 
     def _taken(self) -> FileExistsError:
         return FileExistsError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import re
 import shutil
@@ -22,7 +23,8 @@ from bdu.cli import unlearn as unlearn_command
 from bdu.data import load_images, save_npz
 from bdu.fisher import FisherAccumulator, load_fisher
 from bdu.models import build
-from bdu.runs import RunDirectory
+from bdu.runs import WRITTEN, RunDirectory
+from bdu.trainer import METHODS, SETTINGS
 
 CLASSES = 3
 RUN_FILES = {"config.yaml", "metrics.jsonl", "metrics.json", "model.safetensors", "report.html"}
@@ -494,6 +496,118 @@ def test_existing_run_is_refused_and_left_as_it_is(data, planted, cleaned, capsy
     assert_refused(unlearn(planted, cleaned), message, capsys, cleaned)
 
 
+def test_a_run_that_has_ended_is_left_as_it_is_by_resume(data, planted, cleaned, tmp_path, capsys):
+    for folder, arguments in (
+        (planted, poison(data, planted, "--resume")),
+        (cleaned, ["unlearn", "--resume", "--out", str(cleaned), "--quiet"]),
+    ):
+        before = contents(folder)
+        assert main(arguments) == 0
+        assert "has ended; nothing is left to do" in capsys.readouterr().out
+        assert contents(folder) == before
+
+
+def test_an_interrupted_poison_is_not_resumed_on_other_data(data, tmp_path, capsys):
+    own, out = tmp_path / "own.npz", tmp_path / "run"
+    shutil.copy(data, own)
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_after(1, patch)
+        assert main(poison(own, out)) == 130
+    save_npz(own, **images(seed=1))
+    assert_refused(poison(own, out, "--resume"), "resume: expected the data that", capsys, out)
+
+
+@pytest.mark.parametrize("more", [(), ("--resume",)])
+def test_files_that_are_no_run_are_not_written_over(data, planted, tmp_path, capsys, more):
+    shutil.copy(planted / "model.safetensors", tmp_path)
+    checkpoint = tmp_path / "model.safetensors"
+    message = "out: expected a folder without model.safetensors, which would be written over"
+    assert_refused(poison(data, tmp_path, *more), message, capsys, tmp_path)
+    clean = ("--method", "fine-tuning", "--clean", planted / "defender_clean.npz", *more)
+    arguments = on(planted, "unlearn", "--out", tmp_path, *clean, checkpoint=checkpoint)
+    if more:  # which has the rest read from a run that there is not
+        arguments = [a for a in arguments if a != "--resume"] + ["--resume"]
+    assert_refused(arguments, message, capsys, tmp_path)
+    assert_refused(poison(data, checkpoint), "out: expected a folder, got", capsys, tmp_path)
+
+
+def test_runs_write_no_file_that_is_not_looked_for_first(planted, cleaned):
+    names = {path.name for folder in (planted, cleaned) for path in folder.iterdir()}
+    assert names <= WRITTEN
+
+
+def test_warnings_are_told_in_a_line_and_kept(planted, tmp_path, capsys):
+    out, triggered = tmp_path / "run", planted / "defender_triggered.npz"
+    options = ("--clean", planted / "defender_clean.npz", "--triggered", triggered)
+    few = ("--method", "ulrl", "--set", "relearn_epochs=1", "--set", "threshold=1000")
+    assert main(on(planted, "unlearn", "--out", out, *options, *few)) == 0
+    told = capsys.readouterr().err.splitlines()
+    expected = [
+        "--triggered: not looked at by method ulrl",
+        "ulrl: no neuron stands out, so what follows is plain fine-tuning",
+    ]
+    assert [line.removeprefix("bdu unlearn: warning: ") for line in told] == expected
+    assert RunDirectory(out).read_metrics()["warnings"] == expected
+    page = (out / "report.html").read_text()
+    assert all(text in page for text in expected)
+
+
+def test_a_run_that_changed_nothing_says_so(data, tmp_path, capsys):
+    planted = tmp_path / "planted"
+    assert main(poison(data, planted, "--epochs", "10")) == 0
+    options = ("--clean", planted / "defender_clean.npz", "--method", "fst", "--set", "lr=10")
+    floor = ("--set", "clean_accuracy_floor=1.0")
+    assert main(on(planted, "unlearn", "--out", tmp_path / "run", *options, *floor)) == 0
+    said = capsys.readouterr().out
+    assert "(clean_accuracy_floor); another lr, other epochs or more clean samples may help" in said
+    assert "kept the weights of step 0, the model as it was, with any backdoor" in said
+    assert main(["report", str(tmp_path / "run"), str(planted), "--out", str(tmp_path / "c")]) == 0
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_settings_are_explained(planted, tmp_path, capsys, method):
+    options = ("--clean", planted / "defender_clean.npz", "--method", method, "--set", "help")
+    assert main(on(planted, "unlearn", "--out", tmp_path / "run", *options)) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    for field in dataclasses.fields(SETTINGS[method]):
+        assert re.search(rf"\b{field.name}\b.*: .*\b{field.name}=", said), field.name
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_target_that_is_not_the_planted_one_is_refused(planted, tmp_path, capsys):
+    data = ("--data", planted / "evaluator.npz", "--attack", planted / "attack.json")
+    message = "--target: expected 1, as in .*attack.json, got 2"
+    assert_refused(on(planted, "evaluate", *data, "--target", "2"), message, capsys, tmp_path)
+    assert main(on(planted, "evaluate", *data, "--target", "1")) == 0
+
+
+@pytest.mark.parametrize("flags", [("--seed", "-1"), ("--seed", str(2**64)), ("--seed", "x")])
+def test_seeds_out_of_range_are_refused(data, tmp_path, capsys, flags):
+    message = "argument --seed: expected a whole number from 0 to 4611686018427387903"
+    assert_refused(poison(data, tmp_path / "run", *flags), message, capsys, tmp_path)
+
+
+def test_options_that_an_attack_does_not_have_are_named(data, tmp_path, capsys):
+    flags = ("--attack", "wanet", "--set", "foo=1")
+    message = r"foo: expected one of .*grid.* \(wanet\)"
+    assert_refused(poison(data, tmp_path / "run", *flags), message, capsys, tmp_path)
+
+
+class WithoutLinear(torch.nn.Sequential):
+    def __init__(self, num_classes, in_channels):
+        head = torch.nn.Conv2d(4, num_classes, 1)
+        pooled = (torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+        super().__init__(torch.nn.Conv2d(in_channels, 4, 3), head, *pooled)
+
+
+def test_trojannn_refuses_a_model_without_a_linear_layer_before_it_trains_one(
+    data, tmp_path, capsys
+):
+    flags = ("--attack", "trojannn", "--model", f"{__name__}:WithoutLinear")
+    message = "expected a classifier with a linear layer, got WithoutLinear"
+    assert_refused(poison(data, tmp_path / "run", *flags), message, capsys, tmp_path)
+
+
 def test_resume_with_other_settings_is_refused(data, planted, capsys):
     arguments = poison(data, planted, "--resume", "--lr", "0.01")
     assert_refused(arguments, r"resume: .*lr was 0\.1 and is now 0\.01", capsys, planted)
@@ -505,7 +619,7 @@ def test_resume_with_other_settings_is_refused(data, planted, capsys):
         (("--set", "lambda=3"), "lambda: expected one of .*ewc_lambda"),
         (("--set", "lr"), "--set: expected NAME=VALUE, got 'lr'"),
         (("--set", "lr=["), r"--set: expected a plain value, got '\['"),
-        (("--set", "lr=-1"), "lr: expected a number >= 0, got -1"),
+        (("--set", "lr=-1"), "lr: expected a number > 0, got -1"),
         (("--set", "lr=fast"), "lr: expected a number, got 'fast'"),
         (("--set", "forget=ascent"), "forget: expected one of"),
         (("--preset", "ours"), "--preset: expected published with method balanced"),

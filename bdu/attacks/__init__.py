@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 from collections.abc import Callable
@@ -55,6 +56,10 @@ def make_attack(name: str, **options: Any) -> Trigger:
     """
     if not isinstance(name, str) or name not in ATTACKS:
         raise ValueError(f"name: expected one of {', '.join(sorted(ATTACKS))}, got {name!r}")
+    known = inspect.signature(ATTACKS[name]).parameters
+    for option in options:
+        if option not in known:
+            raise TypeError(f"{option}: expected one of {', '.join(sorted(known))} ({name})")
     try:
         return ATTACKS[name](**options)
     except TypeError as error:

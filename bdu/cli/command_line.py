@@ -13,7 +13,7 @@ import yaml
 
 from bdu import __version__
 from bdu.cli import audit, demo, doctor, evaluate, fisher, poison, report, unlearn, unlearn_lm
-from bdu.runs import STARTED_IN
+from bdu.runs import DATA, STARTED_IN
 
 COMMANDS = {
     "demo": demo,
@@ -149,7 +149,7 @@ def _set_defaults(
     known = {action.dest: action for action in chosen._actions if action.dest != "help"}
     for key, value in values.items():
         name = str(key).replace("-", "_")
-        if name == STARTED_IN or name in leave_out:
+        if name in (STARTED_IN, DATA) or name in leave_out:
             continue
         if name == "command":
             if value != command and f"{value}-lm" != command:

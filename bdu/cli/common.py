@@ -19,8 +19,10 @@ from bdu.attacks.retune import retune
 from bdu.attacks.trigger import triggered_like
 from bdu.checkpoint import load_into, load_state_dict
 from bdu.data import ImageData, as_unit_float, check_labels, load_images, split_indices
+from bdu.runs import RunDirectory
 
 RETUNE_POISONED = 5
+_SEEDS = 2**62
 
 # What a command was told, apart from where it writes and how it is watched.
 _NOT_CONFIG = frozenset({"config", "out", "resume", "traceback", "quiet"})
@@ -29,7 +31,7 @@ _NOT_CONFIG = frozenset({"config", "out", "resume", "traceback", "quiet"})
 def add_common(parser: argparse.ArgumentParser, *, resume: bool = False) -> None:
     """Flags of every command that computes."""
     parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1; default: cuda if any")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=_seed, default=0)
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     add_traceback(parser)
     if resume:
@@ -77,10 +79,11 @@ def add_attack(parser: argparse.ArgumentParser, *, required: bool) -> None:
     parser.add_argument(
         "--position", default=None, help="bottom-right and so on, or row,column of the top left"
     )
-    parser.add_argument("--alpha", type=float, default=None, help="opacity, blended only")
     parser.add_argument(
-        "--target", default="0" if required else None, help="a class, or all-to-all"
+        "--alpha", type=float, default=None, help="opacity of blended and adaptive-blend"
     )
+    default = "; default: that of the attack.json" + (", or 0" if required else "")
+    parser.add_argument("--target", default=None, help=f"a class, or all-to-all{default}")
 
 
 def device(options: argparse.Namespace) -> torch.device:
@@ -174,17 +177,17 @@ def settings(pairs: Sequence[str]) -> dict[str, Any]:
 
 def target(options: argparse.Namespace) -> metrics.Target | None:
     """The target class, "all-to-all", or None."""
+    name, plants = options.attack, options.command == "poison"
+    planted = load_target(name) if name is not None and name.endswith(".json") else None
     if options.target is None:
-        name = options.attack
-        if name is not None and name.endswith(".json"):
-            return load_target(name)
-        return None
+        return 0 if plants and planted is None else planted
     text = str(options.target)
-    if text == metrics.ALL_TO_ALL:
-        return metrics.ALL_TO_ALL
-    if not re.fullmatch(r"\d+", text):
+    if text != metrics.ALL_TO_ALL and not re.fullmatch(r"\d+", text):
         raise ValueError(f"--target: expected a class number or all-to-all, got {text!r}")
-    return int(text)
+    wanted = metrics.ALL_TO_ALL if text == metrics.ALL_TO_ALL else int(text)
+    if not plants and planted is not None and wanted != planted:
+        raise ValueError(f"--target: expected {planted}, as in {name}, got {text}")
+    return wanted
 
 
 def evaluators_view(
@@ -200,6 +203,11 @@ def evaluators_view(
         missing = "--attack or --trigger" if trigger is None else "--target"
         raise ValueError(f"{missing}: expected, as trigger and target go together")
     return trigger, wanted
+
+
+def ended(directory: RunDirectory) -> str:
+    """What is said where there is nothing to resume."""
+    return f"{directory.path} holds a run that has ended; nothing is left to do"
 
 
 @contextlib.contextmanager
@@ -324,6 +332,12 @@ def table(rows: Sequence[tuple[str, dict[str, Any] | None]]) -> str:
     return "\n".join(lines)
 
 
+def _seed(text: str) -> int:
+    if not re.fullmatch(r"\d+", text) or int(text) >= _SEEDS:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to {_SEEDS - 1}")
+    return int(text)
+
+
 def _position(text: str) -> str | tuple[int, int]:
     numbers = re.fullmatch(r"(\d+),(\d+)", text)
     return (int(numbers.group(1)), int(numbers.group(2))) if numbers else text
@@ -362,6 +376,7 @@ __all__ = [
     "build_loaded",
     "config",
     "device",
+    "ended",
     "evaluators_view",
     "images",
     "named",

@@ -15,12 +15,13 @@ from torch import nn
 from bdu import models
 from bdu.attacks import JointlyTrained, Poisoned, Prepared, Saved, Trigger, load_attack, poison
 from bdu.attacks.trigger import drawn, triggered_like
-from bdu.checkpoint import atomic_write, load_into, save_state_dict
+from bdu.attacks.trojannn import TrojanNN, last_linear
+from bdu.checkpoint import atomic_write, digest, load_into, save_state_dict
 from bdu.cli import common
 from bdu.data import ImageData, as_unit_float, save_npz, split_indices
 from bdu.metrics import target_labels
 from bdu.monitor.report import write_report
-from bdu.runs import RunDirectory, versions
+from bdu.runs import DATA, RunDirectory, versions
 from bdu.training import SCHEDULES, fit
 
 EVALUATOR_SHARE = 0.2
@@ -49,7 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="clean weights of --model, for attacks that need some; by default they are trained",
     )
-    parser.add_argument("--rate", type=float, default=0.1, help="share poisoned; 0: no backdoor")
+    parser.add_argument(
+        "--rate",
+        type=float,
+        default=0.1,
+        help="share poisoned, default %(default)s; 0: no backdoor, what --attack does is measured",
+    )
     parser.add_argument("--defender-clean", type=float, default=0.05, metavar="SHARE")
     parser.add_argument("--defender-triggered", type=float, default=0.01, metavar="SHARE")
     parser.add_argument("--retune", type=float, default=0.02, metavar="SHARE")
@@ -81,7 +87,15 @@ def run(options: argparse.Namespace) -> None:
     trigger, target = common.evaluators_view(options, common.settings(options.set))
     if trigger is None or target is None:
         raise ValueError("--attack: expected, or --trigger with a picture")
+    directory = RunDirectory(options.out)
+    config = {"command": "poison", **common.config(options)}
+    directory.check(config, resume=options.resume)
+    if options.resume and directory.has_ended():
+        print(common.ended(directory))
+        return
     train, evaluator = _parts(options)
+    config[DATA] = digest([train.x, train.y, evaluator.x, evaluator.y])
+    directory.check(config, resume=options.resume)
     classes = max(train.num_classes, evaluator.num_classes)
     clean, triggered, retune, rest = split_indices(
         train.y, _sizes(options, len(train)), options.seed, tracks=train.tracks
@@ -92,8 +106,6 @@ def run(options: argparse.Namespace) -> None:
     attacker = train.subset(rest)
     plan: dict[str, Any] = {"target": target, "num_classes": classes, "seed": options.seed}
     model = _model(options, train, classes, options.seed).to(device)
-    directory = RunDirectory(options.out)
-    config = {"command": "poison", **common.config(options)}
     poisoned: Poisoned | None = None
     attack_file = directory.path / "attack.json"
     is_trained = options.resume and directory.model.exists() and attack_file.exists()
@@ -111,6 +123,8 @@ def run(options: argparse.Namespace) -> None:
     if isinstance(trigger, (JointlyTrained, Prepared)):
         trigger.mask(train.x.shape)
         is_clean_label = getattr(trigger, "clean_label", False)
+        if isinstance(trigger, TrojanNN) and not is_trained:
+            last_linear(model)
         drawn(attacker.y, rate=options.rate, clean_label=is_clean_label, **plan)
     if is_trained:
         trigger = load_attack(attack_file)
@@ -197,7 +211,8 @@ def run(options: argparse.Namespace) -> None:
     directory.state.unlink(missing_ok=True)
     print(common.table([("planted", after)]))
     success, floor = after["attack_success_rate"], after["false_target_rate"]
-    if success is not None and floor is not None and success < floor + _LEAST_LEARNT:
+    is_weak = success is not None and floor is not None and success < floor + _LEAST_LEARNT
+    if is_weak and options.rate > 0:
         print(
             f"the backdoor was not learnt: ASR {100 * success:.1f} % at a false-target rate of "
             f"{100 * floor:.1f}; more --epochs or a higher --rate may help"

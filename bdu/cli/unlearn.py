@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import inspect
+import sys
+import textwrap
 import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +30,7 @@ from bdu.monitor.live import AttentionMonitor, Logger, TensorBoard, WeightsAndBi
 from bdu.monitor.report import write_report
 from bdu.optim import EWCSGD, EWCAdamW
 from bdu.runs import Clock, RunDirectory, versions
-from bdu.trainer import METHODS, OURS, SETTINGS, prepare, unlearn
+from bdu.trainer import METHODS, NEEDS_TRIGGERED, OURS, SETTINGS, prepare, unlearn
 
 _PROBE = 32  # triggered images whose attention is watched, at most
 
@@ -65,7 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="one of the method's own settings, for example ewc_lambda=10; may be repeated",
+        help="one of the method's own settings, for example ewc_lambda=10; may be repeated; "
+        "--set help says what --method has, with the defaults",
     )
     evaluator = parser.add_argument_group(
         "evaluation", "for the evaluator's eyes only: the method never sees any of it"
@@ -98,7 +106,16 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError("--eval-data: expected, as a trigger is given to evaluate with")
     if options.retune_data is not None and trigger is None:
         raise ValueError("--retune-data: expected --attack or --trigger, and --target, with it")
+    if "help" in options.set:
+        print(_settings_help(options.method))
+        return
     settings = {**_preset(options), **common.settings(options.set)}
+    directory = RunDirectory(options.out)
+    config = {"command": "unlearn", **common.config(options)}
+    directory.check(config, resume=options.resume)
+    if options.resume and directory.has_ended():
+        print(common.ended(directory))
+        return
     clean = common.images(options.clean, options, "--clean")
     triggered = None
     if options.triggered is not None:
@@ -128,10 +145,7 @@ def run(options: argparse.Namespace) -> None:
         before = common.rates(model, evaluation, trigger, target)
     if retune_data is not None and target is not None:
         common.retune_labels(model, retune_data, target)
-    directory = RunDirectory(options.out)
-    config = {"command": "unlearn", **common.config(options)}
     if is_dry_run:
-        directory.check(config, resume=options.resume)
         if before is not None:
             print(common.table([("before", before)]))
         print(_memory_plan(model, options.method, settings))
@@ -148,22 +162,25 @@ def run(options: argparse.Namespace) -> None:
         directory.write_lines(lines)
         clock.keep()
 
-    result = unlearn(
-        model,
-        method=options.method,
-        clean=clean,
-        triggered=triggered,
-        seed=options.seed,
-        callbacks=[
-            *([] if attention is None else [attention]),
-            keep,
-            *(Logger(writer, attention) for writer in writers),
-        ],
-        progress=not options.quiet,
-        state_file=directory.state,
-        resume=options.resume,
-        **settings,
-    )
+    with _warnings_told() as told:
+        if triggered is not None and options.method not in NEEDS_TRIGGERED:
+            warnings.warn(f"--triggered: not looked at by method {options.method}", stacklevel=1)
+        result = unlearn(
+            model,
+            method=options.method,
+            clean=clean,
+            triggered=triggered,
+            seed=options.seed,
+            callbacks=[
+                *([] if attention is None else [attention]),
+                keep,
+                *(Logger(writer, attention) for writer in writers),
+            ],
+            progress=not options.quiet,
+            state_file=directory.state,
+            resume=options.resume,
+            **settings,
+        )
     seconds = clock.seconds
     for writer in writers:
         writer.close()
@@ -183,6 +200,7 @@ def run(options: argparse.Namespace) -> None:
         "seed": options.seed,
         "versions": versions(),
         "weight_change": _weight_change(model, result.model),
+        "warnings": told,
     }
     if before is not None and after is not None and trigger is not None:
         outcome["der"] = defense_effectiveness_rate(
@@ -206,6 +224,22 @@ def run(options: argparse.Namespace) -> None:
     print(f"{result.stopped}; wrote {directory.path}")
 
 
+@contextlib.contextmanager
+def _warnings_told() -> Iterator[list[str]]:
+    """Yields a list of the warnings given within, each once, and tells them at exit."""
+    told: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        try:
+            yield told
+        finally:
+            told += dict.fromkeys(
+                str(each.message) for each in caught if each.category is UserWarning
+            )
+            for text in told:
+                print(f"bdu unlearn: warning: {text}", file=sys.stderr)
+
+
 # Copies that a method holds beside the model as given, the suspect model and the best.
 _MORE_COPIES = {"pam": 2, "tsbd": 3, "tbar": 1, "auto": 6}
 
@@ -219,6 +253,14 @@ def _preset(options: argparse.Namespace) -> dict[str, Any]:
             f"{', '.join(OURS)} have a variant of ours, got ours"
         )
     return OURS[options.method]
+
+
+def _settings_help(method: str) -> str:
+    """All settings of a method: names, meanings and defaults."""
+    own: Any = SETTINGS[method]
+    told = [inspect.getdoc(kind) or "" for kind in reversed(own.__mro__) if kind is not object]
+    defaults = ", ".join(f"{name}={value}" for name, value in asdict(own()).items())
+    return "\n\n".join([*told, textwrap.fill(f"Defaults: {defaults}", 100)])
 
 
 def _memory_plan(model: nn.Module, method: str, settings: dict[str, Any]) -> MemoryPlan:

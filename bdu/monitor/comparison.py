@@ -54,6 +54,8 @@ def write_comparison(directories: Sequence[RunDirectory], path: Path) -> None:
     if "images" in kinds:
         retuned = [percent(run.metrics.get("retuned_attack_success_rate")) for _, run in runs]
         rows.append(row("ASR after the retune attack", retuned))
+    ends = [html.escape(str(run.metrics.get("stopped") or "–")) for _, run in runs]
+    rows.append(row("the run", ends, "words"))
     seconds = [run.metrics.get("seconds") for _, run in runs]
     rows.append(row("seconds", ["–" if s is None else f"{s:.1f}" for s in seconds]))
     meanings = "".join(f"<dt>{title}</dt><dd>{meaning}</dd>" for title, meaning in rates.values())

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from bdu.runs import STARTED_IN, RunDirectory
+from bdu.runs import DATA, STARTED_IN, RunDirectory
 
 _PATHS = (
     *("data", "checkpoint", "clean", "triggered", "eval_data", "retune_data", "trigger"),
@@ -51,6 +51,7 @@ class Record:
         metrics = directory.read_metrics() if ended else {}
         command = str(config.pop("command", metrics.get("method", "run")))
         started_in = str(config.pop(STARTED_IN, ""))
+        config.pop(DATA, None)
         return cls(directory, command, config, started_in, metrics, directory.read_lines())
 
     @property

@@ -57,6 +57,7 @@ def write_report(directory: RunDirectory, path: Path | None = None) -> Path:
         f'<p class="verdict">{html.escape(said(run))}</p>',
         to_go_on(run),
         _outcome(metrics, rates_of([run])),
+        _ending(metrics),
         _perplexity(metrics),
         planted_section(metrics),
         answers,
@@ -115,12 +116,17 @@ def _outcome(metrics: dict[str, Any], rates_of: Mapping[str, tuple[str, str]]) -
             f"{percent(metrics['retuned_attack_success_rate'])}</span>. Compare it with a model "
             "that never had a backdoor, attacked alike: a small network learns a new one fast.</p>"
         )
-    if metrics.get("stopped"):
-        notes += f'<p class="soft">The run {html.escape(str(metrics["stopped"]))}.</p>'
     return (
         f'<h2>Outcome</h2><div class="wide"><table><thead><tr><th scope="col">Rate</th>{head}'
         f"</tr></thead><tbody>{''.join(rows)}</tbody></table></div>{notes}"
     )
+
+
+def _ending(metrics: dict[str, Any]) -> str:
+    told = [f"<p>{html.escape(text)}</p>" for text in metrics.get("warnings") or ()]
+    if metrics.get("stopped"):
+        told.append(f'<p class="soft">The run {html.escape(str(metrics["stopped"]))}.</p>')
+    return "".join(told)
 
 
 def _columns(metrics: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
