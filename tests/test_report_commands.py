@@ -189,6 +189,7 @@ def test_earlier_runs_kept_relative_paths(folder, tmp_path, monkeypatch, capsys)
     assert main(["report", "early"]) == 0
     assert "type it there" not in (run / "report.html").read_text()
     (run / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    (run / "metrics.json").unlink()  # else there is nothing to resume
     assert main(unlearn("early", "--resume")) == 0
     assert yaml.safe_load((run / "config.yaml").read_text())["clean"] == str(
         folder / "planted" / "defender_clean.npz"
