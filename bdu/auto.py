@@ -305,6 +305,8 @@ def _chosen(
         reason += "; as no change works there was nothing to judge the candidates by but accuracy"
     elif not removed:
         reason += "; that is no removal, and no candidate found one"
+    elif back >= worked / 2:
+        reason += "; as much comes back, the backdoor may only be hidden"
     return name, reason
 
 

@@ -282,6 +282,17 @@ def test_what_removes_nothing_is_not_chosen_for_its_accuracy(planted, cleaned, j
     assert name == "cleaned"
 
 
+def test_it_says_so_where_much_comes_back(planted, cleaned, judge, monkeypatch):
+    def given_back(course, model, found, only):
+        return auto._with(model, planted.model.state_dict())
+
+    _, reason = judge.choose({"cleaned": cleaned.model.state_dict()})
+    assert "comes back" not in reason
+    monkeypatch.setattr(auto, "_retuned", given_back)
+    _, reason = judge.choose({"cleaned": cleaned.model.state_dict()})
+    assert reason.endswith("; as much comes back, the backdoor may only be hidden")
+
+
 def test_it_says_so_where_nothing_helped(planted, judge):
     _, reason = judge.choose({"suspect": planted.model.state_dict()})
     assert reason.endswith("that is no removal, and no candidate found one")
