@@ -111,6 +111,7 @@ def unlearn(
     if device_of(model) != target_device:
         model = copy.deepcopy(model).to(target_device)
     _warn_of_absent_classes(model, data)
+    _warn_of_unused(method, triggered, settings)
     seed = int(seed)
     is_bare = _returns_a_tensor(model, data)
     given = model if is_bare else _with_logits_alone(model)
@@ -283,6 +284,17 @@ def _check_fits(model: nn.Module, data: DefenderData) -> None:
                 raise ValueError(
                     f"{name}: expected labels below {classes} (the model's outputs), got {highest}"
                 )
+
+
+def _warn_of_unused(method: str, triggered: Any | None, settings: Mapping[str, Any]) -> None:
+    if method in NEEDS_TRIGGERED:
+        return
+    if triggered is not None:
+        warnings.warn(f"triggered: not looked at by method {method}", stacklevel=3)
+    if not settings.get("anchored"):
+        for name in ("ewc_lambda", "gamma", "fisher_samples"):
+            if name in settings:
+                warnings.warn(f"{name}: not used by method {method} but anchored", stacklevel=3)
 
 
 _NAMED = 8  # classes, in a warning

@@ -540,10 +540,12 @@ def test_warnings_are_told_in_a_line_and_kept(planted, tmp_path, capsys):
     out, triggered = tmp_path / "run", planted / "defender_triggered.npz"
     options = ("--clean", planted / "defender_clean.npz", "--triggered", triggered)
     few = ("--method", "ulrl", "--set", "relearn_epochs=1", "--set", "threshold=1000")
+    few += ("--set", "gamma=1")
     assert main(on(planted, "unlearn", "--out", out, *options, *few)) == 0
     told = capsys.readouterr().err.splitlines()
     expected = [
-        "--triggered: not looked at by method ulrl",
+        "triggered: not looked at by method ulrl",
+        "gamma: not used by method ulrl but anchored",
         "ulrl: no neuron stands out, so what follows is plain fine-tuning",
     ]
     assert [line.removeprefix("bdu unlearn: warning: ") for line in told] == expected
@@ -629,7 +631,7 @@ def test_resume_with_other_settings_is_refused(data, planted, capsys):
         (("--attack", "badnets", "--target", "one"), "--target: expected a class number"),
         (("--attack", "badnets", "--target", "1"), "--eval-data: expected"),
         (("--alpha", "0.2"), "--alpha: expected --attack or --trigger with it"),
-        (("--attack", "sunrise", "--target", "1"), "name: expected one of .*badnets"),
+        (("--attack", "sunrise", "--target", "1"), "--attack: expected one of .*badnets"),
         (("--device", "mps"), "--device: expected cpu or cuda, got mps"),
         (("--num-classes", "4"), r"fc\.weight: expected \(4, 64\), got \(3, 64\)"),
     ],

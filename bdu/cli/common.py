@@ -157,6 +157,9 @@ def attack(options: argparse.Namespace, settings: dict[str, Any] | None = None) 
         if setting in given:
             raise ValueError(f"--set: expected {setting} once, got it as a flag too")
         given[setting] = value
+    if name not in ATTACKS:
+        known = ", ".join(sorted(ATTACKS))
+        raise ValueError(f"--attack: expected one of {known}, or an attack.json, got {name!r}")
     return make_attack(name, **given)
 
 

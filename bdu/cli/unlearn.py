@@ -30,7 +30,7 @@ from bdu.monitor.live import AttentionMonitor, Logger, TensorBoard, WeightsAndBi
 from bdu.monitor.report import write_report
 from bdu.optim import EWCSGD, EWCAdamW
 from bdu.runs import Clock, RunDirectory, versions
-from bdu.trainer import METHODS, NEEDS_TRIGGERED, OURS, SETTINGS, prepare, unlearn
+from bdu.trainer import METHODS, OURS, SETTINGS, prepare, unlearn
 
 _PROBE = 32  # triggered images whose attention is watched, at most
 
@@ -163,8 +163,6 @@ def run(options: argparse.Namespace) -> None:
         clock.keep()
 
     with _warnings_told() as told:
-        if triggered is not None and options.method not in NEEDS_TRIGGERED:
-            warnings.warn(f"--triggered: not looked at by method {options.method}", stacklevel=1)
         result = unlearn(
             model,
             method=options.method,
@@ -219,6 +217,8 @@ def run(options: argparse.Namespace) -> None:
         file.unlink(missing_ok=True)
     if evaluation is not None:
         print(common.table([("before", before), ("after", after)]))
+    if "der" in outcome:
+        print(f"defence effectiveness rate {outcome['der']:.3f} (1 is best, 0.5 no change)")
     if "retuned_attack_success_rate" in outcome:
         print(f"ASR after the retune attack {100 * outcome['retuned_attack_success_rate']:.2f} %")
     print(f"{result.stopped}; wrote {directory.path}")
