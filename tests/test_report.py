@@ -389,6 +389,24 @@ def test_loss_is_drawn_where_nothing_else_was_measured(tmp_path):
     assert chart(lines[:1]) == ""
 
 
+def test_looks_are_counted_where_no_steps_are():
+    lines = [{"step": 0, "phase": "try", "validation_clean_accuracy": k / 4} for k in (3, 2, 1)]
+    drawn = chart(lines)
+    assert "look 0<" in drawn
+    assert "look 2<" in drawn
+    assert 'points="0.00,25.00 50.00,50.00 100.00,75.00"' in drawn
+
+
+def test_a_comparison_says_what_each_run_warned_of_and_why_it_ended(tmp_path):
+    runs = [make_run(tmp_path / name) for name in ("one", "two")]
+    told = {"warnings": ["few images"], "stopped": "stopped at step 3", "der": 0.75}
+    runs[0].write_metrics(runs[0].read_metrics() | told)
+    write_comparison(runs, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    for text in ("Warning: few images.", "The run stopped at step 3.", ">0.750<"):
+        assert page.count(text) == 1, text
+
+
 def test_several_runs_stand_side_by_side(tmp_path, capsys):
     one = make_run(tmp_path / "a" / "run")
     two = make_run(tmp_path / "b" / "run", after=0.5, seconds=99.0)

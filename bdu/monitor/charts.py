@@ -39,7 +39,11 @@ _STROKE = 'stroke-width="2.5" fill="none"'
 
 
 def line_chart(
-    curves: Sequence[Curve], phases: Sequence[tuple[float, str]] = (), *, share: bool = True
+    curves: Sequence[Curve],
+    phases: Sequence[tuple[float, str]] = (),
+    *,
+    share: bool = True,
+    along: str = "step",
 ) -> str:
     """A figure of values over steps.
 
@@ -50,6 +54,7 @@ def line_chart(
         curves: those without points are left out.
         phases: steps at which one begins, with its name.
         share: values are shares, shown in percent; else numbers ≥ 0, up to the largest.
+        along: what is counted from left to right.
     """
     drawn = [curve for curve in curves if len(curve.points)]
     last = max((curve.points[-1][0] for curve in drawn), default=0) or 1
@@ -80,8 +85,8 @@ def line_chart(
             f'<polyline points="{points}" stroke="{curve.colour}" '
             f'stroke-dasharray="{curve.dashes}" {_STROKE}/>'
         )
-    words.append('<span class="step" style="left:0">step 0</span>')
-    words.append(f'<span class="step" style="right:0">step {last:g}</span>')
+    words.append(f'<span class="step" style="left:0">{along} 0</span>')
+    words.append(f'<span class="step" style="right:0">{along} {last:g}</span>')
     said = "; ".join(
         f"{curve.title} from {shown(curve.points[0][1])} to {shown(curve.points[-1][1])}"
         for curve in drawn

@@ -10,7 +10,7 @@ from bdu.checkpoint import atomic_write
 from bdu.monitor.curves import chart
 from bdu.monitor.page import four_digits, page, percent
 from bdu.monitor.record import Record
-from bdu.monitor.words import LOOKS, progress, rates_of, said, to_go_on
+from bdu.monitor.words import LOOKS, ending, progress, rates_of, said, to_go_on
 from bdu.runs import RunDirectory
 
 _TITLED = 4  # runs that the title of the page names
@@ -54,8 +54,9 @@ def write_comparison(directories: Sequence[RunDirectory], path: Path) -> None:
     if "images" in kinds:
         retuned = [percent(run.metrics.get("retuned_attack_success_rate")) for _, run in runs]
         rows.append(row("ASR after the retune attack", retuned))
-    ends = [html.escape(str(run.metrics.get("stopped") or "–")) for _, run in runs]
-    rows.append(row("the run", ends, "words"))
+        ders = [run.metrics.get("der") for _, run in runs]
+        shown = ["–" if der is None else f"{der:.3f}" for der in ders]
+        rows.append(row("Defence effectiveness rate", shown))
     seconds = [run.metrics.get("seconds") for _, run in runs]
     rows.append(row("seconds", ["–" if s is None else f"{s:.1f}" for s in seconds]))
     meanings = "".join(f"<dt>{title}</dt><dd>{meaning}</dd>" for title, meaning in rates.values())
@@ -66,7 +67,8 @@ def write_comparison(directories: Sequence[RunDirectory], path: Path) -> None:
     ]
     for name, run in runs:
         parts.append(f"<h2>{html.escape(name)}</h2>")
-        parts += [f"<p>{html.escape(said(run))}</p>", to_go_on(run), chart(run.lines)]
+        parts += [f"<p>{html.escape(said(run))}</p>", to_go_on(run), ending(run.metrics)]
+        parts.append(chart(run.lines))
     atomic_write(path, page(_title([name for name, _ in runs]), parts))
 
 

@@ -37,7 +37,9 @@ def chart(lines: Sequence[Line]) -> str:
 def _figure(
     lines: Sequence[Line], kinds: Sequence[tuple[str, str, str, str]], share: bool = True
 ) -> str:
-    steps = _along(lines)
+    steps, along = _along(lines), "step"
+    if not any(steps):  # of method auto, which counts none
+        steps, along = [float(number) for number in range(len(lines))], "look"
     keys = [key for key, *_ in kinds]
     known = [
         (step, line)
@@ -55,7 +57,7 @@ def _figure(
         )
         for key, title, colour, dashes in kinds
     ]
-    return line_chart(curves, _phases(steps, lines), share=share)
+    return line_chart(curves, _phases(steps, lines), share=share, along=along)
 
 
 def _along(lines: Sequence[Line]) -> list[float]:

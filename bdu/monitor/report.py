@@ -23,7 +23,7 @@ from bdu.monitor.panels import data_uri, outlined, overlay
 from bdu.monitor.planted import planted_section
 from bdu.monitor.record import Record
 from bdu.monitor.transfer import transfer_section
-from bdu.monitor.words import attention, rates_of, said, to_go_on, where
+from bdu.monitor.words import attention, ending, rates_of, said, to_go_on, where
 from bdu.runs import RunDirectory
 
 _TAR_MEANS = (
@@ -57,7 +57,7 @@ def write_report(directory: RunDirectory, path: Path | None = None) -> Path:
         f'<p class="verdict">{html.escape(said(run))}</p>',
         to_go_on(run),
         _outcome(metrics, rates_of([run])),
-        _ending(metrics),
+        ending(metrics),
         _perplexity(metrics),
         planted_section(metrics),
         answers,
@@ -120,13 +120,6 @@ def _outcome(metrics: dict[str, Any], rates_of: Mapping[str, tuple[str, str]]) -
         f'<h2>Outcome</h2><div class="wide"><table><thead><tr><th scope="col">Rate</th>{head}'
         f"</tr></thead><tbody>{''.join(rows)}</tbody></table></div>{notes}"
     )
-
-
-def _ending(metrics: dict[str, Any]) -> str:
-    told = [f"<p>{html.escape(text)}</p>" for text in metrics.get("warnings") or ()]
-    if metrics.get("stopped"):
-        told.append(f'<p class="soft">The run {html.escape(str(metrics["stopped"]))}.</p>')
-    return "".join(told)
 
 
 def _columns(metrics: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:

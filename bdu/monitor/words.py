@@ -125,6 +125,14 @@ def said(run: Record) -> str:
     return verdict(run.metrics, run.asked) if run.metrics else unfinished(run.lines)
 
 
+def ending(metrics: dict[str, Any]) -> str:
+    """What a run warned of, and why it ended, as HTML; else ""."""
+    told = [f"<p>Warning: {html.escape(text)}.</p>" for text in metrics.get("warnings") or ()]
+    if metrics.get("stopped"):
+        told.append(f'<p class="soft">The run {html.escape(str(metrics["stopped"]))}.</p>')
+    return "".join(told)
+
+
 def to_go_on(run: Record) -> str:
     """What to type where a run is unfinished, as HTML; else ""."""
     if run.metrics:
