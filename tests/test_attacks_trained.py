@@ -165,7 +165,7 @@ def test_trigger_of_another_run_is_used_as_it_is(data, planted, tmp_path, monkey
 @pytest.mark.parametrize(
     ("name", "more", "message"),
     [
-        ("wanet", ("--set", "speed=2"), "wanet: .*'speed'"),
+        ("wanet", ("--set", "speed=2"), r"speed: expected one of .*strength \(wanet\)"),
         ("wanet", ("--set", "strength=far"), "strength: expected a number above 0, got 'far'"),
         ("wanet", ("--set", "strength"), "--set: expected NAME=VALUE"),
         ("adaptive-blend", ("--alpha", "0.2", "--set", "alpha=0.3"), "--set: expected alpha once"),

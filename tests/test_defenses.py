@@ -553,7 +553,7 @@ def test_tsbd_zeroes_the_weights_that_changed_most():
     with torch.no_grad():
         weight = course.student.get_parameter(name)
         weight[1] += torch.arange(1.0, weight[1].numel() + 1).view_as(weight[1])
-    layers = tsbd._layers(course.before.requires_grad_(), course.data)
+    layers = tsbd.prunable_layers(course.before.requires_grad_(), course.data)
     places = tsbd._most_changed(course, layers, settings)
     own = places[name]
     assert (own[:, 0] == 1).all()  # of the second neuron only

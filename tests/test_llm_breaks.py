@@ -17,7 +17,7 @@ import torch
 
 from bdu.cli import main
 from bdu.llm import inductive, models, run
-from bdu.llm.checks import DataWarning
+from bdu.llm.checks import DataWarning, check_seed
 from bdu.llm.data import Example, read_examples, write_examples
 from bdu.llm.generation import perplexity
 from bdu.llm.inductive import Audit, read_probes
@@ -186,7 +186,6 @@ def settings(*pairs):
         (("--method", "npo", *settings("beta=abc")), "beta: expected a number > 0, got 'abc'"),
         (settings("lora=1.5"), "lora: expected a whole number >= 0, got 1.5"),
         (("--max-new-tokens", "100"), "expected room in a context of 64 less 100 for the answer"),
-        (("--seed", "-1"), "--seed: expected a whole number in [0, 2^32), got -1"),
         (("--seed", str(2**40)), "--seed: expected a whole number"),
         (("--method", "plant-and-remove", *settings("plant_trigger=5")), "plant_trigger: expected"),
         (("--method", "plant-and-remove", *settings("plant_trigger=")), "plant_trigger: expected"),
@@ -197,6 +196,15 @@ def test_settings_that_cannot_be_are_refused_first(folder, capsys, more, message
         assert unlearn(folder, *more, *dry) == 1
         assert message in capsys.readouterr().err
         assert not (folder / "out").exists()
+
+
+def test_a_seed_below_zero_is_refused(folder, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        unlearn(folder, "--seed", "-1")
+    assert stopped.value.code == 2
+    assert "argument --seed: expected a whole number from 0" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"seed: expected a whole number in \[0, 2\^32\), got -1"):
+        check_seed(-1)
 
 
 # What is read as a model
