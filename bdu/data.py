@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
@@ -106,6 +107,17 @@ def _signed(y: np.ndarray, name: str) -> np.ndarray:
     if y.dtype.kind not in "iu":
         raise ValueError(f"{name}: expected integers, got {y.dtype}")
     return y.astype(np.int64)
+
+
+def check_seed(seed: Any, bits: int = 63) -> int:
+    """Return a seed as an int.
+
+    Raises:
+        ValueError: not a whole number from 0 to 2**bits - 1.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= int(seed) < 2**bits:
+        raise ValueError(f"seed: expected a whole number from 0 to 2**{bits} - 1, got {seed!r}")
+    return int(seed)
 
 
 def check_images(x: Any, name: str = "x") -> Tensor:

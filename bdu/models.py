@@ -337,6 +337,25 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
+def usable_device(device: torch.device | str, name: str = "device") -> torch.device:
+    """The CPU or a CUDA device of this machine.
+
+    Raises:
+        ValueError: it is not here, or bdu was never tried on it.
+    """
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"{name}: expected cpu or cuda, got {device!r}") from None
+    if chosen.type not in ("cpu", "cuda"):
+        raise ValueError(f"{name}: expected cpu or cuda, got {device} (untested)")
+    count = torch.cuda.device_count()
+    if chosen.type == "cuda" and (chosen.index or 0) >= count:
+        here = f"cuda:0 to cuda:{count - 1}" if count else "cpu, as there is no CUDA device"
+        raise ValueError(f"{name}: expected {here}, got {device}")
+    return chosen
+
+
 def logits_of(output: Any) -> Tensor:
     """The logits in what a model returned: a tensor, or its ``logits`` as an attribute or a key.
 

@@ -7,7 +7,6 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
-from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -16,13 +15,13 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from bdu import auto
-from bdu.data import as_unit_float
+from bdu.data import as_unit_float, check_seed
 from bdu.defenses import balanced, bi_bau, finetuning, fst, i_bau, pam, sau, tbar, tsbd, ulrl
 from bdu.defenses.course import logit_scale
 from bdu.defenses.head import head_of
 from bdu.defenses.protocol import Callback, DefenderData, Line, Result
 from bdu.metrics import predict
-from bdu.models import device_of, left_untouched, logits_of, random_state_kept
+from bdu.models import device_of, left_untouched, logits_of, random_state_kept, usable_device
 
 _TRIGGER_FREE = (auto, finetuning, ulrl, fst, tsbd, i_bau, sau, pam, tbar, bi_bau)
 
@@ -96,7 +95,7 @@ def unlearn(
         FileExistsError: there is something at ``state_file``, and ``resume`` is False.
         FloatingPointError: a gradient is not finite; names the parameter.
     """
-    target_device = device_of(model) if device is None else torch.device(device)
+    target_device = device_of(model) if device is None else usable_device(device)
     # NumPy's numbers could not be read back from a state file.
     settings = {n: v.item() if isinstance(v, np.generic) else v for n, v in settings.items()}
     data = prepare(
@@ -128,9 +127,6 @@ def unlearn(
         )
     _make_whole(result.model)
     return result
-
-
-_SEEDS = 2**62  # a method may add to it
 
 
 class _Logits:
@@ -190,8 +186,7 @@ def prepare(
     """
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(sorted(METHODS))}, got {method!r}")
-    if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < _SEEDS:
-        raise ValueError(f"seed: expected a whole number from 0 to 2**62 - 1, got {seed!r}")
+    seed = check_seed(seed, bits=62)  # a method may add to it
     _check_settings(method, settings)
     _check_trainable(model)
     if method in NEEDS_TRIGGERED and triggered is None:
@@ -199,7 +194,7 @@ def prepare(
             f"triggered: expected samples, as method {method!r} needs them, got None; others, "
             "'auto' for one, need none"
         )
-    data = DefenderData.split(clean, triggered, seed=int(seed), device=device)
+    data = DefenderData.split(clean, triggered, seed=seed, device=device)
     with left_untouched(model):
         _check_fits(model, data)
         _check_layers(model, method, SETTINGS[method](**settings), data)

@@ -15,7 +15,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from bdu.checkpoint import digest, known_state, save_state
-from bdu.data import as_unit_float, check_images, check_labels
+from bdu.data import as_unit_float, check_images, check_labels, check_seed
 from bdu.data import augment as augmented
 from bdu.models import device_of, logits_of, modes_kept
 
@@ -163,7 +163,7 @@ def fit(
         "label_smoothing": label_smoothing,
         "autocast_dtype": None if autocast_dtype is None else str(autocast_dtype),
         "channels_last": channels_last,
-        "seed": seed,
+        "seed": check_seed(seed),
     }
     if companion is not None:
         settings["companion"] = companion.settings()
@@ -310,10 +310,6 @@ def _check_settings(settings: dict[str, Any]) -> None:
     if settings["autocast_dtype"] not in (None, "torch.bfloat16"):
         raise ValueError(
             f"autocast_dtype: expected torch.bfloat16 or None, got {settings['autocast_dtype']}"
-        )
-    if not 0 <= settings["seed"] < 2**63:
-        raise ValueError(
-            f"seed: expected a whole number from 0 to 2**63 - 1, got {settings['seed']}"
         )
     learning_rate_factor(settings["schedule"], 0, 1)
 

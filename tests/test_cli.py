@@ -633,6 +633,8 @@ def test_resume_with_other_settings_is_refused(data, planted, capsys):
         (("--alpha", "0.2"), "--alpha: expected --attack or --trigger with it"),
         (("--attack", "sunrise", "--target", "1"), "--attack: expected one of .*badnets"),
         (("--device", "mps"), "--device: expected cpu or cuda, got mps"),
+        (("--device", "gpu"), "--device: expected cpu or cuda, got 'gpu'"),
+        (("--device", "cuda:99"), ", got cuda:99"),
         (("--num-classes", "4"), r"fc\.weight: expected \(4, 64\), got \(3, 64\)"),
     ],
 )

@@ -343,9 +343,11 @@ def test_auto_does_not_judge_classes_that_no_clean_sample_shows():
         ("fst", {"seed": 1.5}, "seed: expected a whole number .*, got 1.5"),
         ("fst", {"seed": 2**64}, "seed: expected a whole number .*, got 18446744073709551616"),
         ("fst", {"seed": -1}, "seed: expected a whole number .*, got -1"),
+        ("fst", {"device": "cuda:99"}, "device: expected c.* got cuda:99"),
+        ("fst", {"device": "mps"}, r"device: expected cpu or cuda, got mps \(untested\)"),
     ],
 )
-def test_numbers_that_are_not_whole_are_refused(method, options, message):
+def test_numbers_and_devices_that_cannot_be_are_refused(method, options, message):
     with pytest.raises(ValueError, match="^" + message):
         clean(method, network(), **options)
 

@@ -223,6 +223,7 @@ def test_one_cycle_rises_for_a_quarter_and_falls():
         ({"momentum": 3.0}, r"momentum: expected a number in \[0, 1\), got 3.0"),
         ({"weight_decay": math.nan}, "weight_decay: expected a number >= 0, got nan"),
         ({"seed": 2**64}, "seed: expected a whole number from 0"),
+        ({"seed": 1.5}, "seed: expected a whole number from 0 to .* got 1.5"),
     ],
 )
 def test_settings_out_of_range_are_named(change, message):

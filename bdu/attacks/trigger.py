@@ -23,7 +23,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
 from bdu.checkpoint import load_state_dict
-from bdu.data import as_unit_float, check_images, check_labels
+from bdu.data import as_unit_float, check_images, check_labels, check_seed
 from bdu.metrics import ALL_TO_ALL, Target, target_labels
 
 NamedPosition = Literal["top-left", "top-right", "bottom-left", "bottom-right", "center"]
@@ -253,9 +253,7 @@ def own_generator(seed: int) -> torch.Generator:
     Not that which torch makes of the seed: `fit` shuffles with it, and where both permute all
     samples the drawn ones would be the first batches of its first epoch.
     """
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed: expected a whole number from 0 to 2**63 - 1, got {seed}")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(check_seed(seed))
     return generator.manual_seed(int(torch.randint(2**62, (), generator=generator)))
 
 

@@ -19,6 +19,7 @@ from bdu.attacks.retune import retune
 from bdu.attacks.trigger import triggered_like
 from bdu.checkpoint import load_into, load_state_dict
 from bdu.data import ImageData, as_unit_float, check_labels, load_images, split_indices
+from bdu.models import usable_device
 from bdu.runs import RunDirectory
 
 RETUNE_POISONED = 5
@@ -94,12 +95,7 @@ def device(options: argparse.Namespace) -> torch.device:
     """
     if options.device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = torch.device(options.device)
-    if chosen.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device: expected cpu or cuda, got {options.device} (untested)")
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device: {options.device} was asked for, but there is no CUDA device")
-    return chosen
+    return usable_device(options.device, "--device")
 
 
 def config(options: argparse.Namespace) -> dict[str, Any]:
