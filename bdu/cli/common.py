@@ -25,6 +25,8 @@ from bdu.runs import RunDirectory
 RETUNE_POISONED = 5
 _SEEDS = 2**62
 
+IMAGE_FILES = "class folders, CIFAR-10's binary files, or an .npz of x (uint8, N x H x W x C) and y"
+
 # What a command was told, apart from where it writes and how it is watched.
 _NOT_CONFIG = frozenset({"config", "out", "resume", "traceback", "quiet"})
 
@@ -32,7 +34,9 @@ _NOT_CONFIG = frozenset({"config", "out", "resume", "traceback", "quiet"})
 def add_common(parser: argparse.ArgumentParser, *, resume: bool = False) -> None:
     """Flags of every command that computes."""
     parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1; default: cuda if any")
-    parser.add_argument("--seed", type=_seed, default=0)
+    parser.add_argument(
+        "--seed", type=_seed, default=0, help="of all that is drawn, default %(default)s"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     add_traceback(parser)
     if resume:
@@ -56,7 +60,13 @@ def add_model(parser: argparse.ArgumentParser, *, checkpoint: bool) -> None:
         help="resnet18, resnet18-w<N>, wrn16-1, smallcnn, or package.module:factory",
     )
     if checkpoint:
-        parser.add_argument("--checkpoint", required=True, type=Path, metavar="FILE")
+        parser.add_argument(
+            "--checkpoint",
+            required=True,
+            type=Path,
+            metavar="FILE",
+            help="its weights: .safetensors, or what torch.load reads with weights_only=True",
+        )
         parser.add_argument(
             "--num-classes", type=int, default=None, help="default: read off the checkpoint"
         )

@@ -15,8 +15,10 @@ from bdu.data import save_npz
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``bdu demo``."""
-    parser.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--out", type=Path, default=Path("demo"), metavar="DIR", help="default %(default)s"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     common.add_traceback(parser)
 

@@ -15,8 +15,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``bdu evaluate``."""
     common.add_model(parser, checkpoint=True)
     common.add_images(parser)
-    parser.add_argument("--data", required=True, type=Path)
-    parser.add_argument("--split", default=None)
+    parser.add_argument(
+        "--data",
+        required=True,
+        type=Path,
+        help=f"images with true labels: {common.IMAGE_FILES}",
+    )
+    parser.add_argument("--split", default=None, help="part of --data")
     common.add_attack(parser, required=False)
     parser.add_argument(
         "--retune-data", type=Path, default=None, help="clean images for the retune attack"

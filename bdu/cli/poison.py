@@ -30,7 +30,12 @@ _LEAST_LEARNT = 0.1  # of ASR above the false-target rate
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``bdu poison``."""
-    parser.add_argument("--data", required=True, type=Path)
+    parser.add_argument(
+        "--data",
+        required=True,
+        type=Path,
+        help=common.IMAGE_FILES,
+    )
     parser.add_argument("--split", default=None, help="part of --data to train on")
     parser.add_argument("--eval-split", default=None, help="part of --data for the evaluator")
     common.add_model(parser, checkpoint=False)
@@ -56,15 +61,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.1,
         help="share poisoned, default %(default)s; 0: no backdoor, what --attack does is measured",
     )
-    parser.add_argument("--defender-clean", type=float, default=0.05, metavar="SHARE")
-    parser.add_argument("--defender-triggered", type=float, default=0.01, metavar="SHARE")
-    parser.add_argument("--retune", type=float, default=0.02, metavar="SHARE")
-    parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=0.1)
-    parser.add_argument("--schedule", choices=SCHEDULES, default="one-cycle")
-    parser.add_argument("--no-augment", action="store_true")
-    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument(
+        "--defender-clean",
+        type=float,
+        default=0.05,
+        metavar="SHARE",
+        help="of the images to train on, set apart with true labels for the defender, "
+        "default %(default)s",
+    )
+    parser.add_argument(
+        "--defender-triggered",
+        type=float,
+        default=0.01,
+        metavar="SHARE",
+        help="likewise, with the trigger on them, default %(default)s",
+    )
+    parser.add_argument(
+        "--retune",
+        type=float,
+        default=0.02,
+        metavar="SHARE",
+        help="likewise, for the retune attack, default %(default)s",
+    )
+    parser.add_argument("--epochs", type=int, default=20, help="default %(default)s")
+    parser.add_argument("--batch-size", type=int, default=128, help="default %(default)s")
+    parser.add_argument(
+        "--lr", type=float, default=0.1, help="peak learning rate of SGD, default %(default)s"
+    )
+    parser.add_argument(
+        "--schedule",
+        choices=SCHEDULES,
+        default="one-cycle",
+        help="of the learning rate, default %(default)s",
+    )
+    parser.add_argument(
+        "--no-augment", action="store_true", help="neither shift nor mirror the images"
+    )
+    parser.add_argument(
+        "--out",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="a new folder, or with --resume that of the run",
+    )
     common.add_common(parser, resume=True)
 
 

@@ -49,8 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--clean",
         required=True,
         type=Path,
-        help="clean samples with true labels: class folders, CIFAR-10's binary files, or an .npz "
-        "of x (uint8, N x H x W x C) and y",
+        help=f"clean samples with true labels: {common.IMAGE_FILES}",
     )
     parser.add_argument(
         "--triggered",
@@ -59,13 +58,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="triggered samples with the attacker's labels, likewise; an .npz may hold y_true, "
         "what they really show",
     )
-    parser.add_argument("--method", choices=sorted(METHODS), default="balanced")
+    parser.add_argument(
+        "--method",
+        choices=sorted(METHODS),
+        default="balanced",
+        help="default %(default)s, which needs --triggered; "
+        "auto and the others need clean samples alone",
+    )
     parser.add_argument(
         "--preset",
         choices=("published", "ours"),
         default="published",
-        help="where the method's settings start from: the paper's as far as they are known, or "
-        'those of our variant, "<method>, ours" in docs/methods.md and the tables',
+        help="where the method's settings start from: the paper's as far as they are known "
+        '(default), or those of our variant, "<method>, ours" in docs/methods.md and the tables',
     )
     parser.add_argument(
         "--set",
@@ -78,13 +83,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     evaluator = parser.add_argument_group(
         "evaluation", "for the evaluator's eyes only: the method never sees any of it"
     )
-    evaluator.add_argument("--eval-data", type=Path, default=None)
-    evaluator.add_argument("--eval-split", default=None)
+    evaluator.add_argument(
+        "--eval-data", type=Path, default=None, help="images with true labels, as --clean"
+    )
+    evaluator.add_argument("--eval-split", default=None, help="part of --eval-data")
     common.add_attack(parser, required=False)
     parser.add_argument(
         "--retune-data", type=Path, default=None, help="clean images for the retune attack"
     )
-    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument(
+        "--out",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="a new folder, or with --resume that of the run",
+    )
     parser.add_argument(
         "--tensorboard", action="store_true", help="write curves and heat maps for TensorBoard, too"
     )
