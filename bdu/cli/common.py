@@ -47,6 +47,17 @@ def add_common(parser: argparse.ArgumentParser, *, resume: bool = False) -> None
         )
 
 
+def add_run_folder(parser: argparse.ArgumentParser) -> None:
+    """The flag that says where a run is written."""
+    parser.add_argument(
+        "--out",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="a new folder, or with --resume that of the run",
+    )
+
+
 def add_traceback(parser: argparse.ArgumentParser) -> None:
     """The flag that shows where an error came from."""
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")

@@ -97,13 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-augment", action="store_true", help="neither shift nor mirror the images"
     )
-    parser.add_argument(
-        "--out",
-        required=True,
-        type=Path,
-        metavar="DIR",
-        help="a new folder, or with --resume that of the run",
-    )
+    common.add_run_folder(parser)
     common.add_common(parser, resume=True)
 
 

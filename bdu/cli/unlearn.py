@@ -91,13 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--retune-data", type=Path, default=None, help="clean images for the retune attack"
     )
-    parser.add_argument(
-        "--out",
-        required=True,
-        type=Path,
-        metavar="DIR",
-        help="a new folder, or with --resume that of the run",
-    )
+    common.add_run_folder(parser)
     parser.add_argument(
         "--tensorboard", action="store_true", help="write curves and heat maps for TensorBoard, too"
     )

@@ -94,7 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     asking.add_argument(
         "--eval-batch-size", type=int, default=16, help="prompts at a time; default: %(default)s"
     )
-    parser.add_argument("--out", required=True, type=Path)
+    common.add_run_folder(parser)
     parser.add_argument(
         "--dry-run",
         action="store_true",
