@@ -27,10 +27,11 @@ is Neural Cleanse (Wang et al. 2019), that the line back and a few poisoned samp
 cleaning from deep is PAM (arXiv:2410.09838). Threat model: white box, a few hundred clean samples,
 neither trigger nor target known.
 
-Cost: the candidates', an inversion of classwise.py, a forward of f_bd and of r over the validation
-split for each of its 3 T operators, and for each candidate a retune attack, five forwards and
-backwards over the clean samples, and three forwards over the validation split for each operator
-that is suspicious.
+Cost: the candidates', an inversion of classwise.py, a forward of f_bd over all clean samples, one
+of f_bd and of r over the validation split for each of the 3 T operators, one more of f_bd for each
+that is suspicious; and for each candidate a retune attack, five forwards and backwards over the
+clean samples, two forwards over the validation split for each operator that is suspicious, and one
+for the strongest.
 """
 
 from __future__ import annotations

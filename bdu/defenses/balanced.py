@@ -13,7 +13,7 @@ stay in the loss during recovery, so that clean descent cannot bring the backdoo
 
 Cost of a step: a forward and a backward pass over batch_size clean images, two of each over
 triggered_batch_size triggered ones, and a forward pass of the teacher over the clean ones. F costs
-a forward and a backward pass over each sample, once.
+a forward and a backward pass over each triggered sample and fisher_samples clean ones, once.
 """
 
 from __future__ import annotations
