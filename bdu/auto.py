@@ -7,11 +7,11 @@
     deficit(c): of clean images of class c that f_bd misses, see deficit.py
     all anomalies and deficits < `threshold`: f_bd looks clean and is returned as it is
     else of the candidates that at least halve the residue = max over the suspicious t of the share
-    of images that φ_t turns, and whose clean accuracy is within `accuracy_margin` of the best such,
-    that with the least of residue + what comes back − clean accuracy, or of those within a standard
-    error of it the one of the highest clean accuracy; what comes back is the larger residue of that
-    half-way on the line to f_bd and that after five of the defender's own images under φ_t were
-    taught as t
+    of images that φ_t turns, and whose clean accuracy is within `accuracy_margin` of the best such
+    (and, where as much as half comes back to all of these, those to which it does not), that with
+    the least of residue + what comes back − clean accuracy, or of those within a standard error of
+    it the one of the highest clean accuracy; what comes back is the larger residue of that half-way
+    on the line to f_bd and that after five of the defender's own images under φ_t were taught as t
 
 Small changes also fool a model that was never backdoored, but what fools it spoils the image for a
 copy with a new last layer, too: natural weaknesses are in the data and transfer, a backdoor is in
@@ -279,6 +279,10 @@ def _chosen(
     best = max(accuracy for accuracy, _, _ in (removed or judged).values())
     least = best - s.accuracy_margin - standard_error(best, count)
     good = {n: values for n, values in (removed or judged).items() if values[0] >= least}
+    # Where all of these only hide the backdoor, one that does not is worth some accuracy.
+    lasting = {n: values for n, values in removed.items() if values[2] < worked / 2}
+    if not good.keys() & lasting.keys():
+        good |= lasting
     # Not the residue alone: a removal that leaves less by chance may be gone with a few steps. And
     # a point of accuracy is worth a point of it, so that chance does not decide among good ones.
     # Of those within a standard error of the best, that which costs least: on few images a little

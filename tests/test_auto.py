@@ -241,6 +241,23 @@ def test_little_less_residue_is_chance_and_buys_no_accuracy(
     assert name == expected
 
 
+@pytest.mark.parametrize(("accuracy", "expected"), [(0.90, "lasting"), (0.30, "hidden")])
+def test_what_lasts_is_worth_some_accuracy_but_not_all(
+    judge, cleaned, accuracy, expected, monkeypatch
+):
+    good = cleaned.model.state_dict()
+    # of the suspect model, then of each half-way back, retuned and as it is
+    shares = iter([0.9, 0.5, 0.6, 0.0, 0.0, 0.1, 0.0])
+    of_all = torch.ones_like(judge.anomalies)
+    monkeypatch.setattr(auto, "judge", lambda *_: (next(shares) * of_all, of_all))
+    monkeypatch.setattr(auto, "_retuned", lambda *_: cleaned.model)
+    accuracies = iter([0.98, accuracy])
+    monkeypatch.setattr(auto, "share_called", lambda *_: next(accuracies))
+    name, reason = judge.choose({"hidden": good, "lasting": dict(good)})
+    assert name == expected
+    assert ("may only be hidden" in reason) == (name == "hidden")
+
+
 @pytest.mark.parametrize("target", [TARGET, NEXT])
 def test_a_candidate_is_retuned_with_five_inverted_triggers(judge, target, monkeypatch):
     course, found = judge.course, judge.found
