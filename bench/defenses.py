@@ -500,14 +500,20 @@ def attacked(
 
 def work(table: Table, case: Case, options: argparse.Namespace) -> None:
     """Plant a case and fill its cells, each in a process of its own."""
-    jobs = [(name, case.seed, anchored) for name, anchored in planned(case, options.defenses)]
-    missing = [job for job in jobs if not table.cell(case, *job).exists()]
     if not (table.folder(case) / "metrics.json").exists():
         if options.planted_only:
             return
         in_own_process(options, case, None)
-    for job in [] if options.plant_only else missing:
+    for job in [] if options.plant_only else missing_cells(table, case, options):
         in_own_process(options, case, job)
+
+
+def missing_cells(
+    table: Table, case: Case, options: argparse.Namespace
+) -> list[tuple[str, int, bool]]:
+    """What of a case has not been run."""
+    jobs = [(name, case.seed, anchored) for name, anchored in planned(case, options.defenses)]
+    return [job for job in jobs if not table.cell(case, *job).exists()]
 
 
 def in_own_process(
@@ -602,11 +608,14 @@ def main() -> None:
     if has_json:
         table.adopt(json.loads(options.json.read_text()), chosen)
     if not options.tabulate_only:
-        for name in {case.data for case in chosen}:
+        # Its parts take minutes to make, also where its weights are kept.
+        every = options.plant_only or options.keep_planted
+        waiting = [case for case in chosen if every or missing_cells(table, case, options)]
+        for name in {case.data for case in waiting}:
             if not (table.folder(control_of(name)) / "metrics.json").exists():
                 in_own_process(options, control_of(name), None)
         with ThreadPoolExecutor(options.processes) as pool:
-            jobs = [pool.submit(work, table, case, options) for case in chosen]
+            jobs = [pool.submit(work, table, case, options) for case in waiting]
             for job in tqdm(jobs, unit="case"):
                 job.result()
     if options.keep_planted:
